@@ -118,7 +118,7 @@ class Drive:
                 drive.after[phase] = snapshot(trained)
 
             def log(self, epoch: int, means: Tensor, test: float | None, schedule: Any, **more: Any) -> None:
-                drive.rows.append((epoch, means.tolist(), test, {name: float(value) for name, value in more.items()}))
+                drive.rows.append((epoch, means.tolist(), test, {name: torch.as_tensor(value).item() for name, value in more.items()}))
 
             def finish(self, student: nn.Module, teacher: nn.Module | None = None) -> float:
                 drive.student = student

@@ -1,0 +1,169 @@
+"""What holds for every method: the same repeated part, a script that runs, a frozen teacher, nothing forgotten, nothing hidden."""
+
+import ast
+import inspect
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from harness import METHODS, ROOT, Drive, load, run_script, same
+
+SOURCES = {method: (ROOT / "methods" / f"{method}.py").read_text() for method in METHODS}
+SHARED = "student dataset data runs seed device teacher_weights epochs batch_size lr milestones weight_decay".split()
+
+# Parameters that stay where they are in one step, by design: {method: {phase: names or prefixes}}
+STILL: dict[str, dict[str, tuple[str, ...]]] = {
+    "icd": {"": ("icd.bias",)},  # a constant added to all logits changes no softmax
+}
+
+
+def fields(method):
+    """{field: (default as text, docstring)} of Args."""
+    body = next(node for node in ast.parse(SOURCES[method]).body if isinstance(node, ast.ClassDef) and node.name == "Args").body
+    found = {}
+    for place, node in enumerate(body):
+        if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation):
+            following = body[place + 1] if place + 1 < len(body) else None
+            text = following.value.value if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) else None
+            found[node.target.id] = (ast.unparse(node), text)
+    return found
+
+
+def main_of(method):
+    return next(node for node in ast.parse(SOURCES[method]).body if isinstance(node, ast.FunctionDef) and node.name == "main")
+
+
+class Normal(ast.NodeTransformer):
+    """Takes out what may differ between two copies: what is logged besides, and what is wrapped around the batches."""
+
+    def visit_Call(self, node):
+        self.generic_visit(node)
+        if ast.unparse(node.func) == "run.log":
+            node.keywords = []
+        return node
+
+    def visit_comprehension(self, node):
+        if "train.epoch(" in ast.unparse(node.iter):
+            node.iter = ast.parse("train.epoch(epoch)", mode="eval").body
+        return node
+
+
+def epoch_loop(method):
+    """`main` from its last epoch loop on, as text."""
+    body = main_of(method).body
+    start = max(place for place, node in enumerate(body) if isinstance(node, ast.For) and "run.epochs(" in ast.unparse(node.iter))
+    return "\n".join(ast.unparse(Normal().visit(node)) for node in body[start:])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_epoch_loop_is_the_same_text(method):
+    expected = epoch_loop("icd")
+    if "teacher" not in fields(method):
+        expected = expected.replace("run.finish(student, teacher)", "run.finish(student)")
+    assert epoch_loop(method) == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_guard_and_import_lines_are_the_same(method):
+    lines = SOURCES[method].splitlines()
+    assert lines[-2:] == ['if __name__ == "__main__":', "    main(tyro.cli(Args, description=__doc__))"]
+    assert lines.count("sys.path.insert(0, str(Path(__file__).resolve().parents[1]))") == 1
+    first = [ast.unparse(node) for node in main_of(method).body]
+    assert "run = Run(__file__, args)" in first
+    assert any(line.startswith("train, test = load_data(args") for line in first)
+    own_imports = [node for node in ast.walk(ast.parse(SOURCES[method])) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert not {"methods", *METHODS} & {(node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name for node in own_imports}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shared_flags_are_the_same_and_every_flag_has_a_docstring(method):
+    own, model = fields(method), fields("icd")
+    assert all(text for _, text in own.values()), [name for name, (_, text) in own.items() if not text]
+    expected = [name for name in SHARED if name != "teacher_weights" or "teacher" in own]
+    assert [name for name in own if name in SHARED] == expected
+    other_recipe = ("epochs", "batch_size", "lr", "milestones") if method.startswith("ie_") else ()
+    for name in expected:
+        if method != "vanilla" and name not in other_recipe:
+            assert own[name] == model[name], name
+        assert own[name][0].split("=")[0] == model[name][0].split("=")[0], name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_head_names_paper_differences_and_command(method):
+    head = ast.get_docstring(ast.parse(SOURCES[method]))
+    assert f"python methods/{method}.py --" in head
+    assert "Differences" in head
+    assert "- from" in head
+    assert method == "vanilla" or "arXiv" in head
+    limit = 220 if "phase=" in SOURCES[method] else 180
+    assert SOURCES[method].count("\n") <= limit
+    module = load(method)
+    own = [item for _, item in inspect.getmembers(module) if getattr(item, "__module__", None) == method and inspect.isfunction(item)]
+    assert all(item.__doc__ for item in own if item is not module.main)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help(method, tmp_path):
+    done = run_script(method, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--milestones" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def still(method, phase, name):
+    return any(name.startswith(prefix) for prefix in STILL.get(method, {}).get(phase, ()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_everything_trained_moves_and_the_teacher_does_not(method, monkeypatch):
+    drive = Drive(monkeypatch, method)
+    for phase, trained in drive.phases.items():
+        learnable = [name for name, _ in trained.named_parameters()]
+        for name in learnable:
+            moved = (drive.before[phase][name] - drive.after[phase][name]).abs().max().item()
+            assert moved < 1e-6 if still(method, phase, name) else moved > 0, (phase, name, moved)
+        assert all(value.isfinite().all() for value in drive.after[phase].values() if value.is_floating_point())
+    if hasattr(drive, "teacher"):
+        assert same(drive.teacher_before, {name: value for name, value in drive.teacher.state_dict().items()})
+        assert not drive.teacher.training
+        assert all(p.grad is None for p in drive.teacher.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_reads_its_arguments_only(method, monkeypatch):
+    def reseed(with_seed):
+        def before_step(n):
+            torch.manual_seed(with_seed + n)
+            np.random.seed(with_seed + n)
+            random.seed(with_seed + n)
+
+        return before_step
+
+    first = Drive(monkeypatch, method, before_step=reseed(0))
+    second = Drive(monkeypatch, method, before_step=reseed(100))
+    assert first.steps == second.steps > 0
+    for phase in first.phases:
+        assert same(first.after[phase], second.after[phase]), phase
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_as_a_user_types_it(method, synthetic_teacher, tmp_path):
+    flags = ["--student", "resnet8", "--dataset", "synthetic", "--epochs", "3", "--device", "cpu", "--runs", str(tmp_path)]
+    own = fields(method)
+    if "teacher" in own:
+        flags += ["--teacher", "resnet8", "--teacher-weights", str(synthetic_teacher)]
+    if "peer" in own:
+        flags += ["--peer", "resnet8"]
+    if "init_epochs" in own:
+        flags += ["--init-epochs", "1"]
+    done = run_script(method, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    assert {"args.json", "checkpoint.pt", "common.py", f"{method}.py", "log.jsonl", "result.json", "student.pt"} <= {p.name for p in folder.iterdir()}
+    result = json.loads((folder / "result.json").read_text())
+    assert result["last"] >= 8, result["last"]  # chance is 1 %
+    again = run_script(method, *flags, cwd=tmp_path)
+    assert again.returncode == 0
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
