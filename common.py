@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -221,7 +222,7 @@ def load_data(args: Any, padding: str = "constant") -> tuple[Images, Images]:
     train, test = Images(*raw.train, raw, args, padding), Images(*raw.test, raw, args)
     if args.batch_size > len(train):
         fail(f"--batch-size {args.batch_size} is larger than the {len(train):,} training images of {args.dataset}", 2)
-    if len(train) % args.batch_size == 1:
+    if (len(train) - 1) % args.batch_size == 0:
         fail(f"--batch-size {args.batch_size} leaves a last batch of one image, which has no batch statistics; take another", 2)
     return train, test
 
@@ -598,13 +599,16 @@ def find_teacher(args: Any) -> tuple[Path, str, int | None]:
     shipped = ROOT / "teachers" / args.dataset / f"{args.teacher}.pt"
     if shipped.exists():
         return shipped, str(shipped.relative_to(ROOT)), json.loads(shipped.with_suffix(".json").read_text())["epochs"]
-    # Of the flags given here those that vanilla.py would not take by itself
-    flags = {flag: value for flag, value in unlike_defaults(args).items() if flag in ("epochs", "batch_size", "milestones")}
-    flags = {flag: value for flag, value in flags.items() if value != {"epochs": 240, "batch_size": 64}.get(flag)}
-    usual, given = (Path(args.runs) / run_name("vanilla", [args.teacher, args.dataset], some, 1) for some in ({}, flags))
-    if not (usual / "result.json").exists():
-        train_teacher(args, flags, given)
-    folder = usual if (usual / "result.json").exists() else given
+    # Of the flags given here, those that vanilla.py would not take by itself
+    vanilla = SimpleNamespace(student=args.teacher, lr=None, milestones=None, epochs=args.epochs)
+    resolve(vanilla)
+    usual = {"epochs": 240, "batch_size": 64, "milestones": vanilla.milestones}
+    flags = {flag: value for flag, value in unlike_defaults(args).items() if flag in usual and value != usual[flag]}
+    best, folder = (Path(args.runs) / run_name("vanilla", [args.teacher, args.dataset], some, 1) for some in ({}, flags))
+    if (best / "result.json").exists():
+        folder = best
+    else:
+        train_teacher(args, flags, folder)
     return folder / "student.pt", str(folder), json.loads((folder / "result.json").read_text())["epochs"]
 
 
@@ -614,16 +618,17 @@ def train_teacher(args: Any, flags: dict[str, Any], folder: Path) -> None:
     command = [sys.executable, str(ROOT / "methods" / "vanilla.py")]
     for flag, value in options.items():
         command += [f"--{flag.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-    said = False
-    while not (folder / "result.json").exists():
+    result = folder / "result.json"
+    while not result.exists():
         if in_use(folder):
-            said = said or print(f"waiting for the process that trains the teacher in {folder}", flush=True) is None
-            time.sleep(1)
-            continue
-        print(f"no teacher {args.teacher} for {args.dataset} yet, training one: {shlex.join(command[1:])}", flush=True)
-        code = subprocess.run(command).returncode
-        if code and not in_use(folder):
-            fail(f"training the teacher ended with exit code {code}: continue with the same command", code if code > 0 else 1)
+            print(f"waiting for the process that trains the teacher in {folder}", flush=True)
+            while in_use(folder):
+                time.sleep(1)
+        else:
+            print(f"no teacher {args.teacher} for {args.dataset} yet, training one: {shlex.join(command[1:])}", flush=True)
+            code = subprocess.run(command).returncode
+            if not result.exists() and not in_use(folder):
+                fail(f"training the teacher ended with exit code {code}: continue with the same command", code if code > 0 else 1)
 
 
 def load_teacher(args: Any, test: Images) -> nn.Module:

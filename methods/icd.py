@@ -15,6 +15,7 @@ r = 1, a = 0, beta = 1, alpha = 0.5; a = 1 makes ICD+KD. The equation numbers ar
 the authors' code (giakoumoglou/distillers, commit 9ba0bfd), which made the published numbers.
 
 Differences
+- from the paper: its body was not at hand, only its abstract; none can be listed.
 - from the authors' code: the last batch of an epoch, 16 images, is kept (they drop it), and seeds are set. Nothing else.
 - kept although odd: the bias b changes no softmax, so it learns nothing; tau starts at 1, so s starts at e and not at 1;
   for tau > ln 10 the clamp leaves tau no gradient; the contrast runs in one direction only, and images of the same class
@@ -115,6 +116,8 @@ class ICD(nn.Module):
 
 
 def main(args: Args) -> float:
+    if args.batch_size != 64:
+        print("note: --icd-weight was tuned for batches of 64; an image's negatives are the rest of its batch", flush=True)
     run = Run(__file__, args)  # a run that is already finished prints its result and ends here
     train, test = load_data(args)
     teacher = load_teacher(args, test)  # frozen, in eval mode
