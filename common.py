@@ -722,9 +722,9 @@ def check(args: Any) -> None:
             wrong = "must be a finite number"
         elif flag in ("epochs", "init_epochs", "batch_size") and value < 1:
             wrong = "must be at least 1"
-        elif (flag == "lr" or flag.endswith("temperature")) and value <= 0:
+        elif flag in ("lr", "kd_temperature") and value <= 0:
             wrong = "must be above 0"
-        elif flag in ("seed", "weight_decay") and value < 0:
+        elif (flag in ("seed", "weight_decay") or flag.endswith("temperature")) and value < 0:
             wrong = "must not be negative"
         elif flag == "milestones" and list(value) != sorted({epoch for epoch in value if epoch > 0}):
             wrong = "must be positive and ascending"

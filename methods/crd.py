@@ -150,6 +150,8 @@ def with_negatives(batches: Iterator[tuple[Tensor, ...]], train: Images, k: int)
 
 
 def main(args: Args) -> float:
+    if args.crd_temperature <= 0:
+        fail(f"--crd-temperature {args.crd_temperature} must be above 0", 2)
     if args.negatives < 1:
         fail(f"--negatives {args.negatives} must be at least 1", 2)
     if not 0 <= args.bank_momentum < 1:

@@ -1,5 +1,6 @@
 """What several test files need: golden cases, methods as modules, and one method's `main` run for a few steps in this process."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -52,7 +53,7 @@ class Case:
         return self.inputs[key]
 
     def fill(self, module: nn.Module, names: dict[str, str]) -> nn.Module:
-        """Set the parameters of `module` (made float64) to inputs, {parameter name: input name}; their gradients are then checked."""
+        """Set parameters of `module` (made float64) to inputs, {parameter name: input name}; `check` looks at their gradients."""
         module.double()
         parameters = dict(module.named_parameters())
         with torch.no_grad():
@@ -83,12 +84,25 @@ def run_script(*words: str, cwd: Path, timeout: float = 300, env: dict[str, str]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env)
 
 
-def small_data(args: Any, padding: str = "constant") -> tuple[common.Images, common.Images]:
-    """Stands in for load_data: the first images of the synthetic set, `args.batch_size` times two and a last batch of 4."""
-    raw = common.synthetic(Path())
-    n = 2 * args.batch_size + 4
-    train, test = (raw.train[0][:n], raw.train[1][:n]), (raw.test[0][:100], raw.test[1][:100])
+SYNTHETIC = functools.cache(lambda: common.synthetic(Path()))
+
+
+def small_data(args: Any, padding: str = "constant", n: int = 0, n_test: int = 100) -> tuple[common.Images, common.Images]:
+    """Stands in for load_data: the first n images of the synthetic set, by default two batches and a last one of 4."""
+    raw = SYNTHETIC()
+    n = n or 2 * args.batch_size + 4
+    train, test = (raw.train[0][:n], raw.train[1][:n]), (raw.test[0][:n_test], raw.test[1][:n_test])
     return common.Images(*train, raw, args, padding), common.Images(*test, raw, args)
+
+
+@functools.lru_cache(maxsize=1)
+def untrained(name: str, classes: int) -> nn.Module:
+    """A frozen network of random weights, whose running statistics are unlike their start: a teacher in train mode would show."""
+    torch.manual_seed(1000)
+    teacher = common.build(name, classes)
+    with torch.no_grad():
+        teacher(torch.randn(8, 3, 32, 32))
+    return teacher.eval().requires_grad_(False)
 
 
 class Drive:
@@ -99,7 +113,7 @@ class Drive:
     `before_step(n)` is called before the n-th training step.
     """
 
-    def __init__(self, monkeypatch: Any, method: str, before_step: Any = None, **flags: Any):
+    def __init__(self, monkeypatch: Any, method: str, before_step: Any = None, data: Any = small_data, **flags: Any):
         module = load(method)
         drive = self
         self.module, self.rows, self.phases, self.before, self.after, self.steps = module, [], {}, {}, {}, 0
@@ -125,12 +139,8 @@ class Drive:
                 return drive.rows[-1][2]
 
         def fake_teacher(args: Any, test: common.Images) -> nn.Module:
-            torch.manual_seed(1000)
-            teacher = common.build(args.teacher, test.classes, args.device)
-            teacher.train()
-            with torch.no_grad():  # running statistics unlike their start, so that a teacher in train mode would show
-                teacher(torch.randn(8, 3, 32, 32))
-            drive.teacher, drive.teacher_before = teacher.eval().requires_grad_(False), snapshot(teacher)
+            teacher = untrained(args.teacher, test.classes)
+            drive.teacher, drive.teacher_before = teacher, snapshot(teacher)
             return teacher
 
         def counted(step: Any) -> Any:
@@ -143,7 +153,7 @@ class Drive:
             return call
 
         monkeypatch.setattr(module, "Run", FakeRun)
-        monkeypatch.setattr(module, "load_data", small_data)
+        monkeypatch.setattr(module, "load_data", data)
         monkeypatch.setattr(module, "graphed", counted)
         if hasattr(module, "load_teacher"):
             monkeypatch.setattr(module, "load_teacher", fake_teacher)
