@@ -1,4 +1,4 @@
-"""What holds for every method: the same repeated part, a script that runs, a frozen teacher, nothing forgotten, nothing hidden."""
+"""What holds for every method: the repeated part, a script that runs, a frozen teacher, nothing forgotten, nothing hidden."""
 
 import ast
 import inspect
