@@ -39,11 +39,11 @@ def array(key: str) -> Tensor:
 
 
 class Case:
-    """A golden case: `case.inputs` by name (those with a golden gradient require one), `case.hyper`, `case.value`, `case.outputs`."""
+    """A golden case: its `inputs` by name (those with a golden gradient require one), `hyper`, `value`, `outputs`."""
 
     def __init__(self, name: str):
         case = LOSSES[name]
-        self.name, self.hyper, self.value, self.outputs, self.note = name, case["hyper"], case["value"], case["outputs"], case["note"]
+        self.hyper, self.value, self.outputs = case["hyper"], case["value"], case["outputs"]
         self.inputs = {key: array(place) for key, place in case["inputs"].items()}
         self.grads = {key: array(place) if place else None for key, place in (case["grads"] or {}).items()}
         for key in self.grads:
@@ -132,7 +132,8 @@ class Drive:
                 drive.after[phase] = snapshot(trained)
 
             def log(self, epoch: int, means: Tensor, test: float | None, schedule: Any, **more: Any) -> None:
-                drive.rows.append((epoch, means.tolist(), test, {name: torch.as_tensor(value).item() for name, value in more.items()}))
+                more = {name: torch.as_tensor(value).item() for name, value in more.items()}
+                drive.rows.append((epoch, means.tolist(), test, more))
 
             def finish(self, student: nn.Module, teacher: nn.Module | None = None) -> float:
                 drive.student = student
