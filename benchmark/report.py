@@ -137,7 +137,7 @@ def difference(cell: Cell, other: Cell) -> str:
     values = [run["last"] - other[seed]["last"] for seed, run in cell.items() if seed in other]
     n, interval = len(values), ""
     if n > 1:
-        half = T[min(n, len(T)) - 1] * stdev(values) / n**0.5
+        half = T[min(n - 1, len(T)) - 1] * stdev(values) / n**0.5
         interval = f" [{mean(values) - half:+.2f}, {mean(values) + half:+.2f}]"
     return f"{mean(values):+.2f}{interval}{mark(n)}" if values else ""
 

@@ -147,6 +147,17 @@ def test_the_students_views_do_not_depend_on_the_teachers():
         assert all(torch.equal(a[0], b[0]) for a, b in zip(first, second))
 
 
+def test_every_image_and_network_has_factors_of_its_own():
+    train, _ = small_data(dual_aug.Args(dataset="synthetic", device="cpu", batch_size=16))
+    train.pixels.copy_(torch.tensor([150, 100, 120]))  # one colour everywhere: crop and flip do not show
+    batches = list(dual_aug.views(train.epoch(1), train, "color", "color", False))
+    x_s, x_t = (torch.cat([batch[k][:, :, 0, 0] for batch in batches]) for k in (0, 3))
+    assert (x_s - x_t).abs().amax(1).gt(1e-3).float().mean() > 0.85  # 4 % are jittered for neither network
+    for colors in x_s, x_t:
+        gaps = (colors[:, None] - colors[None]).abs().amax(2)
+        assert gaps[~torch.eye(len(colors), dtype=torch.bool)].gt(1e-4).float().mean() > 0.85
+
+
 def test_normalised_after_the_colours():
     args = dual_aug.Args(dataset="synthetic", device="cpu", batch_size=16)
     train, _ = small_data(args)

@@ -79,6 +79,14 @@ def test_numbers_worked_out_by_hand(records):
     assert "1. HobbitLong/RepDistiller@b84f547 README" in text
 
 
+def test_fewer_than_three_seeds_are_marked():
+    assert [report.spread(values) for values in ([1.0], [1.0, 2.0], [1.0, 2.0, 3.0])] == [
+        "1.00 (1) †",
+        "1.50 ± 0.71 (2) †",
+        "2.00 ± 1.00 (3)",
+    ]
+
+
 def test_short_runs_stand_apart_without_published_numbers(records):
     text = written(records)
     short = text[text.index("## NOT") : text.index("## Sources")]
