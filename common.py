@@ -594,11 +594,15 @@ def load_weights(net: nn.Module, file: Path) -> None:
 
 def find_teacher(args: Any) -> tuple[Path, str, int | None]:
     """File of args.teacher's weights, its name for people, and the epochs it was trained for; trains one if there is none."""
+
+    def epochs(record: Path) -> int | None:
+        return json.loads(record.read_text())["epochs"] if record.exists() else None
+
     if args.teacher_weights is not None:
-        return args.teacher_weights, str(args.teacher_weights), None
+        return args.teacher_weights, str(args.teacher_weights), epochs(args.teacher_weights.with_name("result.json"))
     shipped = ROOT / "teachers" / args.dataset / f"{args.teacher}.pt"
     if shipped.exists():
-        return shipped, str(shipped.relative_to(ROOT)), json.loads(shipped.with_suffix(".json").read_text())["epochs"]
+        return shipped, str(shipped.relative_to(ROOT)), epochs(shipped.with_suffix(".json"))
     # Of the flags given here, those that vanilla.py would not take by itself
     vanilla = SimpleNamespace(student=args.teacher, lr=None, milestones=None, epochs=args.epochs)
     resolve(vanilla)
@@ -609,7 +613,7 @@ def find_teacher(args: Any) -> tuple[Path, str, int | None]:
         folder = best
     else:
         train_teacher(args, flags, folder)
-    return folder / "student.pt", str(folder), json.loads((folder / "result.json").read_text())["epochs"]
+    return folder / "student.pt", str(folder), epochs(folder / "result.json")
 
 
 def train_teacher(args: Any, flags: dict[str, Any], folder: Path) -> None:
@@ -761,6 +765,12 @@ def run_name(method: str, what: list[str], flags: dict[str, Any], seed: int) -> 
     return "__".join([method, *what, *settings, f"seed{seed}"])
 
 
+def run_folder(method: str, args: Any) -> Path:
+    """Where a run with these resolved settings lives."""
+    what = [getattr(args, role) for role in ("teacher", "peer", "student", "dataset") if hasattr(args, role)]
+    return Path(args.runs) / run_name(method, what, unlike_defaults(args), args.seed)
+
+
 def git(*words: str) -> str | None:
     """What git says about the checkout this file is in; None outside one."""
     try:
@@ -792,8 +802,7 @@ class Run:
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.args, self.method, self.unlike_defaults = args, Path(script).stem, unlike_defaults(args)
         self.settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))
-        what = [getattr(args, role) for role in ("teacher", "peer", "student", "dataset") if hasattr(args, role)]
-        self.folder = Path(args.runs) / run_name(self.method, what, self.unlike_defaults, args.seed)
+        self.folder = run_folder(self.method, args)
         self.rows: list[dict[str, Any]] = []
         self.parameters: dict[int, int] = {}  # of all phases
         self.commit, self.dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))

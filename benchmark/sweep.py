@@ -28,7 +28,7 @@ from typing import Any
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ROOT, check, clock, fail, in_use, resolve, run_name, unlike_defaults
+from common import ROOT, check, clock, fail, in_use, resolve, run_folder
 
 Flags = dict[str, list[str]]  # a command's flags with the words that follow them
 
@@ -101,8 +101,7 @@ def job(method: str, flags: Flags) -> Job:
     words = [word for flag, values in flags.items() for word in (flag, *values)]
     args = tyro.cli(arguments(method), args=words, prog=script)
     resolve(args)
-    what = [getattr(args, role) for role in ("teacher", "peer", "student", "dataset") if hasattr(args, role)]
-    return Job(["python", script, *words], args, args.runs / run_name(method, what, unlike_defaults(args), args.seed))
+    return Job(["python", script, *words], args, run_folder(method, args))
 
 
 def plan(args: Args, shared: Flags) -> list[list[Job]]:
