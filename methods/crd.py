@@ -1,15 +1,14 @@
 """CRD: Contrastive Representation Distillation. Tian, Krishnan and Isola, 2020, arXiv 1910.10699.
 
-Shown an image's student vector, one must be able to pick the teacher's vector of the same image among thousands of other
-classes' images, and the other way round. The vectors of all training images are kept in two banks, one for each network.
+An image's student vector must pick the same image's teacher vector among those of thousands of images of other classes, and
+the other way round. Two banks keep one vector of every training image, one bank for each network.
 
-    e_s, e_t  = normalised linear projections of the pooled features f_s, f_t                          Eq. 1
-    u_ij      = exp(<e_s,i, m_t,j> / tau) / Z_s,   m_t the teacher's bank                              Eq. 2
-    h(u)      = u / (u + K / N),   K negatives an image, N training images                             Eq. 3
-    L_s       = -mean over i of [ ln h(u_ii) + sum over the negatives j of i of ln(1 - h(u_ij)) ]      Eq. 4
-    L_t       = the same with e_t, the student's bank and Z_t                                          Eq. 5
-    m_i       = normalised c * m_i + (1 - c) * e_i, in both banks, after the losses                    Eq. 6
-    L         = r * CE + a * T^2 * KL(p_t || p_s) + beta * (L_s + L_t)                                 Eq. 7
+    e_s, e_t  = normalised linear projections of the pooled features f_s, f_t                             Eq. 1
+    u_ij      = exp(<e_s,i, m_t,j> / tau) / Z_s,   m_t the teacher's bank                                 Eq. 2
+    h(u)      = u / (u + K / N),   K negatives an image, N training images                                Eq. 3
+    L_s       = -mean over i of [ ln h(u_ii) + sum over the negatives j of i of ln(1 - h(u_ij)) ]         Eq. 4
+    m_i       = normalised c * m_i + (1 - c) * e_i, in both banks, after the losses                       Eq. 5
+    L         = r * CE + a * T^2 * KL(p_t || p_s) + beta * (L_s + L_t),   L_t with the roles swapped      Eq. 6
 
 r = 1, a = 0, beta = 0.8, tau = 0.07, K = 16384, c = 0.5; a = 1 makes CRD+KD. Z is N times the mean of the first batch's
 exponentials, and constant from then on. The equation numbers are ours.
@@ -21,8 +20,7 @@ Differences
   picked (there the drawn vectors are copied, 0.5 GiB a bank); banks and Z are in the checkpoint (there a stop loses them).
 - kept although odd: the teacher's projection is trained too; the positive is what the bank holds of the image, an epoch old.
 
-    python methods/crd.py --teacher resnet56 --student resnet20                    # CRD
-    python methods/crd.py --teacher resnet56 --student resnet20 --kd-weight 1      # CRD+KD
+    python methods/crd.py --teacher resnet56 --student resnet20
 """
 
 import sys
@@ -81,8 +79,6 @@ class Args:
     """tau, by which the similarities are divided"""
     negatives: int = 16384
     """K, negatives an image; never more than there are images of other classes"""
-    bank_momentum: float = 0.5
-    """c, the share that the banks keep of an image's old vector"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
@@ -100,10 +96,9 @@ class CRD(nn.Module):
         self.project_s = nn.Linear(d_s, width)
         self.project_t = nn.Linear(d_t, width)
         bound = (3 / width) ** 0.5
-        self.register_buffer("bank_s", torch.empty(images, width).uniform_(-bound, bound))
-        self.register_buffer("bank_t", torch.empty(images, width).uniform_(-bound, bound))
-        self.register_buffer("constant_s", torch.zeros(()))  # Z_s and Z_t, 0 until the first batch sets them
-        self.register_buffer("constant_t", torch.zeros(()))
+        for side in "st":
+            self.register_buffer(f"bank_{side}", torch.empty(images, width).uniform_(-bound, bound))
+            self.register_buffer(f"constant_{side}", torch.zeros(()))  # Z, 0 until the first batch sets it
         self.temperature, self.momentum = temperature, momentum
 
     def forward(self, f_s: Tensor, f_t: Tensor, index: Tensor, negatives: Tensor) -> Tensor:
@@ -111,11 +106,11 @@ class CRD(nn.Module):
         e_s = F.normalize(self.project_s(f_s), dim=1)  # Eq. 1
         e_t = F.normalize(self.project_t(f_t), dim=1)  # Eq. 1
         rows = torch.cat([index[:, None], negatives], 1)  # the positive first
-        loss_s = self.contrast(e_s, self.bank_t, self.constant_s, rows)
-        loss_t = self.contrast(e_t, self.bank_s, self.constant_t, rows)  # Eq. 5
-        self.update(self.bank_s, e_s, index)
-        self.update(self.bank_t, e_t, index)
-        return loss_s + loss_t
+        loss = self.contrast(e_s, self.bank_t, self.constant_s, rows) + self.contrast(e_t, self.bank_s, self.constant_t, rows)
+        with torch.no_grad():
+            for bank, e in (self.bank_s, e_s), (self.bank_t, e_t):
+                bank[index] = F.normalize(self.momentum * bank[index] + (1 - self.momentum) * e, dim=1)  # Eq. 5
+        return loss
 
     def contrast(self, e: Tensor, bank: Tensor, constant: Tensor, rows: Tensor, eps: float = 1e-7) -> Tensor:
         """L_s or L_t of vectors e (B, width) and, for each, the `rows` (B, 1 + K) of the other network's bank."""
@@ -128,11 +123,6 @@ class CRD(nn.Module):
         log_not_h = (chance / (u[:, 1:] + chance + eps)).log()  # Eq. 3
         return -(log_h + log_not_h.sum(1)).mean()  # Eq. 4
 
-    @torch.no_grad()
-    def update(self, bank: Tensor, e: Tensor, index: Tensor) -> None:
-        """Move the rows `index` (B,) of a bank towards the vectors e (B, width)."""
-        bank[index] = F.normalize(self.momentum * bank[index] + (1 - self.momentum) * e, dim=1)  # Eq. 6
-
 
 def with_negatives(batches: Iterator[tuple[Tensor, ...]], train: Images, k: int) -> Iterator[tuple[Tensor, ...]]:
     """The batches, and with each k negatives an image (B, k): any image of another class, each as likely, with replacement."""
@@ -142,31 +132,23 @@ def with_negatives(batches: Iterator[tuple[Tensor, ...]], train: Images, k: int)
     generator = torch.Generator(by_class.device)
     for x, y, index in batches:
         generator.manual_seed(int(torch.randint(2**62, (), generator=train.generator)))
-        draws = torch.randint(2**62, (len(y), k), generator=generator, device=y.device)
-        own, others = size[y][:, None], len(by_class) - size[y][:, None]
-        place = draws % others
-        place = place + own * (place >= start[y][:, None])
-        yield x, y, index, by_class[place]
+        own, first = size[y][:, None], start[y][:, None]
+        place = (torch.rand(len(y), k, dtype=torch.float64, generator=generator, device=y.device) * (len(by_class) - own)).long()
+        yield x, y, index, by_class[torch.where(place < first, place, place + own)]
 
 
 def main(args: Args) -> float:
-    if args.crd_temperature <= 0:
-        fail(f"--crd-temperature {args.crd_temperature} must be above 0", 2)
-    if args.negatives < 1:
-        fail(f"--negatives {args.negatives} must be at least 1", 2)
-    if not 0 <= args.bank_momentum < 1:
-        fail(f"--bank-momentum {args.bank_momentum} must be in [0, 1)", 2)
+    if min(args.crd_temperature, args.negatives) <= 0:
+        fail(f"--crd-temperature {args.crd_temperature:g} and --negatives {args.negatives} must be above 0", 2)
     run = Run(__file__, args)  # a run that is already finished prints its result and ends here
     train, test = load_data(args)
     teacher = load_teacher(args, test)  # frozen, in eval mode
 
     torch.manual_seed(args.seed)  # right before the student: the same student for every teacher and method
     student = build(args.student, train.classes, args.device)
-    widths = shapes(student).pooled, shapes(teacher).pooled
-    crd = CRD(*widths, len(train), args.crd_temperature, args.bank_momentum).to(args.device)
+    crd = CRD(shapes(student).pooled, shapes(teacher).pooled, len(train), args.crd_temperature).to(args.device)
     k = min(args.negatives, len(train) - int(train.labels.bincount().max()))
-    mebibytes = 2 * crd.bank_s.nbytes / 2**20
-    print(f"banks       2 of {len(train):,} vectors, {mebibytes:.1f} MiB on {args.device}; {k:,} negatives an image", flush=True)
+    print(f"banks       {2 * crd.bank_s.nbytes / 2**20:.1f} MiB on {args.device}, {k:,} negatives an image", flush=True)
     trained = nn.ModuleDict(dict(student=student, crd=crd))  # what the optimiser trains and a checkpoint holds
     optimizer = SGD(trained.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     schedule = MultiStepLR(optimizer, args.milestones, gamma=0.1)
@@ -179,7 +161,7 @@ def main(args: Args) -> float:
 
         loss = args.ce_weight * F.cross_entropy(z_s, y)
         loss = loss + args.kd_weight * kd_loss(z_s, z_t, args.kd_temperature)
-        loss = loss + args.crd_weight * crd(features_s.pooled, features_t.pooled, index, negatives)  # Eq. 7
+        loss = loss + args.crd_weight * crd(features_s.pooled, features_t.pooled, index, negatives)  # Eq. 6
 
         optimizer.zero_grad()
         loss.backward()

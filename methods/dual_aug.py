@@ -37,8 +37,6 @@ from torchvision.transforms.functional import rgb_to_grayscale
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import Images, Run, accuracy, build, fail, graphed, load_data, load_teacher, shapes
 
-AUGMENTATIONS = ("weak", "color", "cutout")
-
 
 @dataclass
 class Args:
@@ -180,8 +178,10 @@ def views(batches: Iterable, train: Images, student_aug: str, teacher_aug: str, 
 
 def main(args: Args) -> float:
     for flag, kind in ("--student-aug", args.student_aug), ("--teacher-aug", args.teacher_aug):
-        if kind not in AUGMENTATIONS:
-            fail(f"{flag} {kind} is unknown: take one of {', '.join(AUGMENTATIONS)}", 2)
+        if kind not in ("weak", "color", "cutout"):
+            fail(f"{flag} {kind} is unknown: take one of weak, color, cutout", 2)
+    if args.batch_size != 64:
+        print("note: --icd-weight was tuned for batches of 64; an image's negatives are the rest of its batch", flush=True)
     run = Run(__file__, args)  # a run that is already finished prints its result and ends here
     train, test = load_data(args)
     teacher = load_teacher(args, test)  # frozen, in eval mode

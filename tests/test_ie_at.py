@@ -1,9 +1,10 @@
 import math
+from functools import partial
 
 import harness
 import pytest
 import torch
-from harness import Case, Drive, load
+from harness import Case, Drive, load, small_data
 
 ie_at = load("ie_at")
 
@@ -71,13 +72,12 @@ def test_finite_for_maps_that_are_the_same_everywhere(size):
 
 def test_weights(monkeypatch):
     """One batch, so that the logged loss is that of the untrained student: it is linear in the weights."""
-    small_data = harness.small_data
-    monkeypatch.setattr(harness, "small_data", lambda args, padding: small_data(args, padding)[1:] * 2)
+    data = partial(small_data, n=16)
     weights = [(0.0, 0.0, 1.0), (1000.0, 0.0, 1.0), (0.0, 100.0, 1.0), (1000.0, 100.0, 1.0), (2000.0, 300.0, 0.5)]
     losses = []
     for inheritance, exploration, ce in weights:
         flags = dict(inheritance_weight=inheritance, exploration_weight=exploration, ce_weight=ce)
-        losses.append(Drive(monkeypatch, "ie_at", teacher="resnet8", batch_size=100, **flags).rows[0][1][0])
+        losses.append(Drive(monkeypatch, "ie_at", data=data, **flags).rows[0][1][0])
     ce, inheritance, exploration = losses[0], losses[1] - losses[0], losses[2] - losses[0]
     assert inheritance > 0 > exploration
     assert losses[3] == pytest.approx(ce + inheritance + exploration, rel=1e-5)

@@ -5,7 +5,7 @@ import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Case, Drive, load, same
+from harness import Case, Drive, load, same, small_data
 
 ie_kd = load("ie_kd")
 
@@ -185,7 +185,7 @@ def test_phases_and_what_they_move(monkeypatch):
 
 def test_the_logged_cka_is_that_of_the_test_images_in_eval_mode(monkeypatch):
     drive = Drive(monkeypatch, "ie_kd")
-    _, test = harness.small_data(drive.args)
+    _, test = small_data(drive.args)
     ((x, _),) = test.batches()
     with torch.no_grad():
         f_s, f_t = drive.student.eval()(x)[1].last, drive.teacher(x)[1].last
@@ -198,8 +198,7 @@ def plain_student(monkeypatch):
     """The student that methods/vanilla.py trains with this recipe on the same views."""
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim, "SGD", partial(torch.optim.SGD, nesterov=True))
-        patch.setattr(harness, "small_data", partial(harness.small_data, padding="reflect"))
-        return Drive(patch, "vanilla", lr=0.1).student.state_dict()
+        return Drive(patch, "vanilla", data=partial(small_data, padding="reflect"), lr=0.1).student.state_dict()
 
 
 def test_without_both_terms_it_is_the_plain_student(monkeypatch):

@@ -435,7 +435,7 @@ def test_the_pruned_teacher_stays_as_it_is(monkeypatch):
         ("prune_rate", 1.0, "must be in [0, 1)"),
         ("prune_rate", -0.1, "must be in [0, 1)"),
         ("prune_rate", math.nan, "must be in [0, 1)"),
-        ("rank_temperature", -0.1, "must be above 0"),
+        ("rank_temperature", -0.1, "must not be negative"),
     ],
 )
 def test_a_bad_value_is_one_line(flag, value, message, capsys):
