@@ -205,3 +205,13 @@ def test_every_method_takes_a_step_with_every_pair(teacher, student, monkeypatch
 def equal_channels(teacher, student):
     a, b = ([shape[0] for shape in common.shapes(common.build(name, 100)).maps] for name in (teacher, student))
     return a == b
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not (ROOT / "data" / "cifar-100-binary").is_dir(), reason="no CIFAR-100 in data/")
+def test_learns_the_real_cifar100(tmp_path):
+    flags = ["--student", "resnet8", "--epochs", "1", "--batch-size", "256", "--device", "cpu", "--data", str(ROOT / "data")]
+    done = run_script("vanilla", *flags, "--runs", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    assert json.loads((folder / "result.json").read_text())["last"] > 5  # chance is 1 %
