@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -44,12 +45,17 @@ def fail(message: str, code: int = 1) -> NoReturn:
     raise SystemExit(code)
 
 
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def clock(seconds: float) -> str:
     """A duration as a person says it: 12.3 s, 5 min 12 s, 3 h 28 min."""
-    minutes, hours = seconds // 60, seconds // 3600
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
-    return f"{minutes:.0f} min {seconds % 60:02.0f} s" if hours < 1 else f"{hours:.0f} h {minutes % 60:02.0f} min"
+    if seconds < 3599.5:
+        return "{} min {:02} s".format(*divmod(round(seconds), 60))
+    return "{} h {:02} min".format(*divmod(round(seconds / 60), 60))
 
 
 # Data
@@ -126,8 +132,7 @@ def download(archive: str, md5: str, folder: Path) -> None:
         if not folder.is_dir():
             os.replace(unfinished / folder.name, folder)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        fail(f"cannot download {url} ({reason}): put its files under {folder}, or try --dataset synthetic")
+        fail(f"cannot download {url} ({one_line(error)}): put its files under {folder}, or try --dataset synthetic")
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -571,11 +576,12 @@ def load_weights(net: nn.Module, file: Path) -> None:
     Anything that is not the weights of such a network ends the program with one line. Nothing in the file can run code.
     """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         fail(f"{file} is no plain file of tensors; as anything else could run code, it is not loaded: save its weights alone")
     except Exception as error:  # torch.load has a different type for every way in which a file can be broken
-        fail(f"{file} is not a checkpoint that torch can read ({str(error).splitlines()[0]})")
+        fail(f"{file} is not a checkpoint that torch can read ({one_line(error)})")
     for key in "model", "state_dict":
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -728,7 +734,9 @@ def check(args: Any) -> None:
             wrong = "must be at least 1"
         elif flag in ("lr", "kd_temperature") and value <= 0:
             wrong = "must be above 0"
-        elif (flag in ("seed", "weight_decay") or flag.endswith("temperature")) and value < 0:
+        elif flag == "seed" and not 0 <= value < 2**63:
+            wrong = "must be from 0 to 2**63 - 1"
+        elif (flag == "weight_decay" or flag.endswith("temperature")) and value < 0:
             wrong = "must not be negative"
         elif flag == "milestones" and list(value) != sorted({epoch for epoch in value if epoch > 0}):
             wrong = "must be positive and ascending"
@@ -752,11 +760,9 @@ def unlike_defaults(args: Any) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     """A setting in words: 1 for 1.0, a list with commas, a file by the start of its SHA-256."""
-    if isinstance(value, float):
-        return f"{value:g}"
     if isinstance(value, Path):
         return hashlib.sha256(value.read_bytes()).hexdigest()[:8] if value.is_file() else str(value)
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).removesuffix(".0")
 
 
 def run_name(method: str, what: list[str], flags: dict[str, Any], seed: int) -> str:
@@ -832,7 +838,7 @@ class Run:
             raise SystemExit(0)
         for source in script, Path(__file__):
             copy = self.folder / source.name
-            if not file.exists():
+            if not (file.exists() and copy.exists()):
                 write(copy, source.read_bytes())
             elif copy.read_bytes() != source.read_bytes():
                 print(f"note: {source.name} is no longer the one this run began with, which {self.folder} keeps", flush=True)
@@ -851,7 +857,7 @@ class Run:
                 trained.load_state_dict(state["trained"])
                 optimizer.load_state_dict(state["optimizer"])
             except (KeyError, RuntimeError, ValueError) as error:
-                fail(f"{file} does not fit this script ({str(error).splitlines()[0]}): delete {self.folder} to start again")
+                fail(f"{file} does not fit this script ({one_line(error)}): delete {self.folder} to start again")
             schedule.load_state_dict(state["schedule"])
             print(f"continuing after epoch {len(state['rows'])} of {total}", flush=True)
         earlier = len(self.rows)
@@ -862,8 +868,10 @@ class Run:
             yield epoch
             if epoch == total or time.monotonic() - saved >= SAVE_EVERY:
                 state = dict(trained=trained.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
-                write_checkpoint(file, state | {"rows": self.rows[earlier:]})
+                if not all(value.isfinite().all() for value in state["trained"].values()):
+                    self.diverged(f"a weight is no longer finite after epoch {epoch}")
                 write(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+                write_checkpoint(file, state | {"rows": self.rows[earlier:]})  # last: what it does not hold is done again
                 saved = time.monotonic()
 
     def introduce(self, trained: nn.ModuleDict, phase: str) -> None:
@@ -889,7 +897,7 @@ class Run:
         """
         loss, *right = means.tolist()
         if not math.isfinite(loss):
-            fail(f"the loss became {loss} in epoch {epoch}: try a smaller --lr; {self.folder} keeps its last good checkpoint")
+            self.diverged(f"the loss became {loss} in epoch {epoch}")
         row = {"phase": self.phase, "epoch": epoch, "loss": loss, "train": 100 * right[0] if right else None, "test": test}
         row |= {"lr": float(schedule.get_last_lr()[0]), "seconds": round(time.perf_counter() - self.started, 3)}
         more = {name: torch.as_tensor(value).item() for name, value in more.items()}
@@ -898,6 +906,9 @@ class Run:
         shares += "".join(f"  {name} {value:.4g}" for name, value in more.items())
         times = f"{clock(row['seconds'])}  left {clock(row['seconds'] * (self.total - epoch))}"
         print(f"epoch {epoch:3}/{self.total}  loss {loss:.4f}{shares}  lr {row['lr']:.2g}  {times}", flush=True)
+
+    def diverged(self, what: str) -> NoReturn:
+        fail(f"{what}: try a smaller --lr; {self.folder} keeps its last good checkpoint")
 
     def finish(self, student: nn.Module, teacher: nn.Module | None = None) -> float:
         """Save the student's weights (float32, contiguous) and the result; give the last epoch's test accuracy in percent."""

@@ -208,13 +208,14 @@ REFUSED = {  # what the file holds: (what writes it, words of the message)
 
 
 @pytest.mark.parametrize("content", REFUSED)
-def test_refused(content, script):
+def test_refused(content, script, recwarn):
     make, words = REFUSED[content]
     make(Path("wrong.pt"))
     refused = script("kd", "--teacher-weights wrong.pt")
     assert refused.code == 1
     assert "wrong.pt" in refused.error() and words in refused.error()
     assert not Path("it-ran").exists()
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]  # they would be lines on stderr
     assert "epoch " not in refused.out
 
 
