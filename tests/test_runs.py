@@ -239,6 +239,13 @@ def test_a_damaged_checkpoint_is_refused(script, every_epoch):
     assert_ends_like(script, expected)
 
 
+def test_weights_that_diverge_in_the_last_step_are_not_saved(script):
+    failed = script("vanilla", "--epochs 1 --lr 1e39 --batch-size 44")  # one step, whose loss is still finite
+    assert failed.code == 1
+    assert "no longer finite" in failed.error() and "--lr" in failed.error()
+    assert not list(Path("runs").rglob("checkpoint.pt")) and not list(Path("runs").rglob("result.json"))
+
+
 def test_a_loss_that_is_not_finite(script):
     failed = script("vanilla", "--epochs 4 --lr 1e30")
     assert failed.code == 1
