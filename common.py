@@ -624,11 +624,13 @@ def find_teacher(args: Any) -> tuple[Path, str, int | None]:
 
 def train_teacher(args: Any, flags: dict[str, Any], folder: Path) -> None:
     """Run methods/vanilla.py as a user would until `folder` holds a finished run, or wait for the process that does so."""
+    script, result = ROOT / "methods" / "vanilla.py", folder / "result.json"
+    if not script.exists() and not result.exists():
+        fail(f"no teacher {args.teacher} for {args.dataset}, and no {script} to train one: give --teacher-weights FILE")
     options = dict(student=args.teacher, dataset=args.dataset, data=args.data, runs=args.runs, device=args.device, seed=1) | flags
-    command = [sys.executable, str(ROOT / "methods" / "vanilla.py")]
+    command = [sys.executable, str(script)]
     for flag, value in options.items():
         command += [f"--{flag.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-    result = folder / "result.json"
     while not result.exists():
         if in_use(folder):
             print(f"waiting for the process that trains the teacher in {folder}", flush=True)

@@ -1,4 +1,4 @@
-"""No distillation: a network trained with cross-entropy alone. Makes the teachers and the student baselines.
+"""No distillation: a network trained with cross-entropy alone. Makes the teachers and the student baselines. arXiv: none.
 
     L = CE(z, y)
 
