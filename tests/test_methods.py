@@ -218,4 +218,4 @@ def test_learns_the_real_cifar100(tmp_path):
     done = run_script("vanilla", *flags, "--runs", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()
-    assert json.loads((folder / "result.json").read_text())["last"] > 5  # chance is 1 %
+    assert json.loads((folder / "result.json").read_text())["last"] > 3  # chance is 1 %
