@@ -37,6 +37,7 @@ except ImportError:  # Windows, where nothing keeps two processes out of one run
 
 ROOT = Path(__file__).resolve().parent
 SAVE_EVERY = 20.0  # seconds of training between two checkpoints, at least
+GRAPH = os.environ.get("CUDA_GRAPH") == "1"  # off by default: see `graphed`
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
@@ -202,15 +203,20 @@ class Images:
         """
         self.generator.manual_seed(int(np.random.SeedSequence([self.args.seed, epoch, *phase.encode()]).generate_state(1)[0]))
         order = torch.randperm(len(self), generator=self.generator).to(self.device)
-        size, offsets, start = self.args.batch_size, self.offsets(), time.perf_counter()
+        size, offsets = self.args.batch_size, self.offsets()
         for step, (index, offset) in enumerate(zip(order.split(size), offsets.split(size, dim=1))):
-            if step == 20 and not self.estimated and not phase:
-                self.estimate((time.perf_counter() - start) / 20, self.args.epochs - epoch + 1)
+            if step in (10, 20) and not self.estimated and not phase:
+                self.estimate(step, self.args.epochs - epoch + 1)
             yield self.normalise(self.crop(index, offset)), self.labels[index], index
 
-    def estimate(self, seconds: float, epochs: int) -> None:
-        """Say from the `seconds` of a step how long the `epochs` to go will take."""
-        self.estimated, one = True, seconds * math.ceil(len(self) / self.args.batch_size)
+    def estimate(self, step: int, epochs: int) -> None:
+        """Time the steps 10 to 20, as the very first are slower, and say how long the `epochs` to go will take."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if step == 10:
+            self.started = time.perf_counter()
+            return
+        self.estimated, one = True, (time.perf_counter() - self.started) / 10 * math.ceil(len(self) / self.args.batch_size)
         advice = "; a CUDA GPU is far faster, or try --epochs 5" if self.device.type == "cpu" and epochs * one > 3600 else ""
         print(f"estimate    {clock(one)} an epoch, {clock(epochs * one)} for the {epochs} to go{advice}", flush=True)
 
@@ -558,13 +564,63 @@ def accuracy(net: nn.Module, images: Images) -> float:
     return 100 * int(correct) / len(images)
 
 
-def graphed(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The training step, as it is. `step` takes tensors, returns one tensor, and reads nothing else that changes.
+class Graph:
+    """A training step as one CUDA graph: the host starts it with a single call in place of a launch for each kernel.
 
-    Under this contract a CUDA graph may stand in for it without any change to a method file. What a call returns may be
-    overwritten by the next one: add it up, do not collect it.
+    The first WARM_UP batches are real steps on the stream of the capture, on which cuDNN and the optimiser set up what they
+    keep. Then the step is captured with the first batch's shapes; from there on such a batch is copied to where the graph
+    reads it and the graph is replayed. Batches of other shapes, like the last of an epoch, run as they are.
     """
-    return step
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable[..., Tensor]):
+        self.step, self.shapes, self.warm, self.graph = step, None, 0, None
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        shapes = [tensor.shape for tensor in batch]
+        self.shapes = self.shapes or shapes
+        if shapes != self.shapes:
+            return self.step(*batch)
+        if self.warm < self.WARM_UP:
+            return self.warm_up(*batch)
+        if self.graph is None:
+            self.capture(batch)  # records the step without taking it
+        for place, tensor in zip(self.batch, batch):
+            place.copy_(tensor)
+        self.graph.replay()
+        return self.sums
+
+    def warm_up(self, *batch: Tensor) -> Tensor:
+        if self.warm == 0:
+            self.stream = torch.cuda.Stream()
+        self.warm += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            sums = self.step(*batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return sums
+
+    def capture(self, batch: tuple[Tensor, ...]) -> None:
+        self.graph, self.batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.sums = self.step(*self.batch)
+        except RuntimeError as error:
+            fail(f"this step cannot be a CUDA graph ({one_line(error)}): continue with the same command without CUDA_GRAPH=1")
+
+
+def graphed(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The training step; on CUDA, with CUDA_GRAPH=1 in the environment, as a CUDA graph. No GPU has verified that yet.
+
+    `step` takes tensors, returns one tensor, and reads nothing else that changes: a Python number or a random draw of the
+    host would keep for ever the value it had in the capture. What a call returns is overwritten by the next one: add it up,
+    do not collect it.
+    """
+    if not GRAPH:
+        return step
+    graph = Graph(step)
+    return lambda *batch: (graph if batch[0].is_cuda else step)(*batch)
 
 
 # Teachers
@@ -808,6 +864,9 @@ class Run:
         if args.device != "cpu":  # the same sums in the same order, so that a resumed run ends as an uninterrupted one
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # else a further kernel for each new tensor
+            if GRAPH:
+                print("note: CUDA_GRAPH=1 replays the step as a CUDA graph, which no GPU has verified yet", flush=True)
         self.args, self.method, self.unlike_defaults = args, Path(script).stem, unlike_defaults(args)
         self.settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))
         self.folder = run_folder(self.method, args)
@@ -862,6 +921,8 @@ class Run:
                 fail(f"{file} does not fit this script ({one_line(error)}): delete {self.folder} to start again")
             schedule.load_state_dict(state["schedule"])
             print(f"continuing after epoch {len(state['rows'])} of {total}", flush=True)
+        for group in optimizer.param_groups:  # a graph reads the rate from the device, where the schedule changes it in place
+            group["lr"] = torch.as_tensor(group["lr"], device=self.args.device).float() if GRAPH else float(group["lr"])
         earlier = len(self.rows)
         self.phase, self.total, self.rows = phase, total, self.rows + state["rows"]
         saved = time.monotonic()
@@ -901,7 +962,8 @@ class Run:
         if not math.isfinite(loss):
             self.diverged(f"the loss became {loss} in epoch {epoch}")
         row = {"phase": self.phase, "epoch": epoch, "loss": loss, "train": 100 * right[0] if right else None, "test": test}
-        row |= {"lr": float(schedule.get_last_lr()[0]), "seconds": round(time.perf_counter() - self.started, 3)}
+        rate = float(schedule.get_last_lr()[0])
+        row |= {"lr": float(f"{rate:.6g}"), "seconds": round(time.perf_counter() - self.started, 3)}
         more = {name: torch.as_tensor(value).item() for name, value in more.items()}
         self.rows.append(row | more)
         shares = "".join(f"  {name} {row[name]:5.2f} %" for name in ("train", "test") if row[name] is not None)

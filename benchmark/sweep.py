@@ -177,7 +177,10 @@ def main(args: Args, shared: Flags) -> None:
     stages = plan(args, shared)
     runs = [run for stage in stages for run in stage]
     if args.list:
-        print("\n".join(map(str, runs)))
+        try:
+            print("\n".join(map(str, runs)), flush=True)
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     for run in runs:
         check(run.args)

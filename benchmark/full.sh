@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The whole benchmark, most wanted first. It needs a GPU and many hours; kill it whenever you like and start it again.
+#
+#     bash benchmark/full.sh --jobs 5                             what is finished is skipped
+#     bash benchmark/full.sh --list > commands.txt                the commands alone, one a line
+#     bash benchmark/full.sh --seeds 1 -- --dataset synthetic --epochs 1     a rehearsal of the same order
+set -euo pipefail
+
+sweep() {  # methods and pairs of this line, then what was given on the command line
+    python "$(dirname "$0")/sweep.py" "$@"
+}
+
+kd=('kd' 'kd --ce-weight 1 --kd-weight 1')
+icd=('icd' 'icd --kd-weight 1')
+# IE-KD's recipe, for its opponent; without Nesterov momentum, which ft.py has not
+ft='ft --ft-variant original --ft-weight 500 --epochs 160 --batch-size 128 --lr 0.1 --milestones 80 120'
+
+# The mission's four papers with their controls
+sweep --pairs resnet56/resnet20 --methods vanilla "${kd[@]}" "${icd[@]}" \
+    'r2kd --augment none' 'r2kd --augment mixup' r2kd \
+    dual_aug 'dual_aug --student-aug weak' 'dual_aug --same-view' \
+    crd 'crd --kd-weight 1' \
+    ie_kd "$ft" 'ie_kd --exploration-weight 0' 'ie_kd --inheritance-weight 0' \
+    'icd --alpha 0' 'icd --init-tau 0' "$@"
+
+# What they are compared with
+sweep --pairs resnet56/resnet20 --methods fitnet at sp cc vid rkd pkt ab ft fsp nst ie_at ie_dml "$@"
+
+# Wide pairs, and one of two families
+sweep --pairs resnet32x4/resnet8x4 wrn_40_2/wrn_16_2 vgg13/vgg8 \
+    --methods vanilla "${kd[@]}" "${icd[@]}" crd 'r2kd --augment none' r2kd "$@"
+sweep --pairs resnet32x4/shufflenetv2 --methods vanilla kd 'icd --kd-weight 1' 'r2kd --augment none' r2kd "$@"
