@@ -862,6 +862,7 @@ class Run:
         check(args)
         signal.signal(signal.SIGINT, lambda *_: fail("interrupted: continue with the same command", 130))
         if args.device != "cpu":  # the same sums in the same order, so that a resumed run ends as an uninterrupted one
+            torch.cuda.set_device(torch.device(args.device).index or 0)  # for what takes no device, like a stream
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # else a further kernel for each new tensor

@@ -6,6 +6,7 @@ import inspect
 import json
 import random
 
+import harness
 import numpy as np
 import pytest
 import torch
@@ -159,6 +160,39 @@ def test_a_step_reads_its_arguments_only(method, monkeypatch):
     assert first.steps == second.steps > 0
     for phase in first.phases:
         assert same(first.after[phase], second.after[phase]), phase
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_stays_behind_on_the_cpu(method, monkeypatch):
+    """All on PyTorch's "meta" device, whose tensors have no values: most operations refuse to mix them with those of a CPU."""
+
+    def load_for_meta(name):
+        module = load(name)
+        monkeypatch.setattr(module, "SGD", lambda *args, fused, **more: torch.optim.SGD(*args, **more))  # no fused one there
+        monkeypatch.setattr(module, "accuracy", lambda net, images: 0.0)
+        return module
+
+    def zeros_for_meta(name, value):
+        true = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, *args: value(x) if x.is_meta else true(x, *args))
+
+    zeros_for_meta("tolist", lambda x: torch.zeros(x.shape, dtype=x.dtype, device="cpu").tolist())
+    zeros_for_meta("item", lambda x: 0.0)
+    zeros_for_meta("bincount", lambda x: torch.zeros(100, dtype=torch.int64, device="meta"))
+
+    class Generator(torch.Generator):  # it has none of its own
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls)
+
+    rand = torch.rand
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator=None, **more: rand(*shape, **more))
+    monkeypatch.setattr(harness, "load", load_for_meta)
+    monkeypatch.setattr(harness, "untrained", lambda name, classes: common.build(name, classes, "meta").eval())
+    monkeypatch.setattr(common, "check", lambda args: None)
+    drive = Drive(monkeypatch, method, device="meta")
+    assert drive.steps > 0
+    assert all(value.is_meta for value in drive.trained.state_dict().values())
 
 
 @pytest.mark.parametrize("method", METHODS)
