@@ -178,6 +178,7 @@ def test_nothing_stays_behind_on_the_cpu(method, monkeypatch):
 
     zeros_for_meta("tolist", lambda x: torch.zeros(x.shape, dtype=x.dtype, device="cpu").tolist())
     zeros_for_meta("item", lambda x: 0.0)
+    zeros_for_meta("__int__", lambda x: 0)
     zeros_for_meta("bincount", lambda x: torch.zeros(100, dtype=torch.int64, device="meta"))
 
     class Generator(torch.Generator):  # it has none of its own
