@@ -6,21 +6,22 @@
 #     bash benchmark/full.sh --seeds 1 -- --dataset synthetic --epochs 1     a rehearsal of the same order
 set -euo pipefail
 
-sweep() {  # methods and pairs of this line, then what was given on the command line
+sweep() {
     python "$(dirname "$0")/sweep.py" "$@"
 }
 
 kd=('kd' 'kd --ce-weight 1 --kd-weight 1')
 icd=('icd' 'icd --kd-weight 1')
-# IE-KD's recipe, for its opponent; without Nesterov momentum, which ft.py has not
-ft='ft --ft-variant original --ft-weight 500 --epochs 160 --batch-size 128 --lr 0.1 --milestones 80 120'
+# IE-KD's recipe for what it is compared with, but for Nesterov momentum, which these files have not
+recipe='--epochs 160 --batch-size 128 --lr 0.1 --milestones 80 120'
 
 # The mission's four papers with their controls
 sweep --pairs resnet56/resnet20 --methods vanilla "${kd[@]}" "${icd[@]}" \
     'r2kd --augment none' 'r2kd --augment mixup' r2kd \
     dual_aug 'dual_aug --student-aug weak' 'dual_aug --same-view' \
     crd 'crd --kd-weight 1' \
-    ie_kd "$ft" 'ie_kd --exploration-weight 0' 'ie_kd --inheritance-weight 0' \
+    ie_kd "ft --ft-variant original --ft-weight 500 $recipe" 'ie_kd --exploration-weight 0' 'ie_kd --inheritance-weight 0' \
+    "vanilla $recipe" "kd $recipe" \
     'icd --alpha 0' 'icd --init-tau 0' "$@"
 
 # What they are compared with

@@ -37,7 +37,7 @@ def name(method: str, seed: int) -> str:
 
 
 def wait_for(path: Path) -> None:
-    for _ in range(3000):
+    for _ in range(200):
         if path.exists():
             return
         time.sleep(0.1)
@@ -130,3 +130,21 @@ def test_bad_flags_start_nothing(tmp_path, monkeypatch, capsys, flags, shared, s
     assert end.value.code == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_list_that_nobody_reads_to_its_end():
+    command = f"{sys.executable} {ROOT / 'benchmark' / 'sweep.py'} --list --seeds {' '.join(map(str, range(200)))} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+def test_the_whole_benchmark_can_be_listed(tmp_path):
+    words = "--seeds 1 --list -- --dataset synthetic --epochs 1".split()
+    command = ["bash", str(ROOT / "benchmark" / "full.sh"), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commands = done.stdout.splitlines()
+    assert "vanilla.py --student resnet56 --seed 1" in commands[0]  # the teacher of most
+    students = [command for command in commands if "--teacher resnet56" in command or "--peer resnet56" in command]
+    assert len(students) == len(set(students))
+    assert {Path(command.split()[1]).name for command in students} == {p.name for p in ROOT.glob("methods/*.py")} - {"vanilla.py"}
