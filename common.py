@@ -4,6 +4,7 @@ A method file imports from here and from nothing else of the project; nothing he
 (`load_data`), networks (`build`, `shapes`), `accuracy`, `graphed`, teachers (`load_teacher`), runs (`Run`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -843,6 +844,17 @@ def git(*words: str) -> str | None:
         return None
 
 
+def hardware(device: str) -> dict[str, Any]:
+    """Name and driver of the device ("cpu" and None on a CPU), threads and torch version: what a record is to be read with."""
+    name, driver = device, None
+    if device != "cpu":
+        name = torch.cuda.get_device_name(device)
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return dict(device=name, driver=driver, threads=torch.get_num_threads(), torch=torch.__version__)
+
+
 def count(module: nn.Module) -> int:
     """Number of learnable parameters."""
     return sum(p.numel() for p in module.parameters())
@@ -987,9 +999,7 @@ class Run:
         extra = sum(self.parameters.values()) - count(student)
         result["parameters"] = dict(student=count(student), extra=extra, at_test=count(student))
         result |= dict(epochs=len(rows), seconds=round(sum(row["seconds"] for row in self.rows), 1))
-        device = "cpu" if self.args.device == "cpu" else torch.cuda.get_device_name(self.args.device)
-        result |= dict(device=device, threads=torch.get_num_threads(), torch=torch.__version__)
-        result |= dict(commit=self.commit, dirty=self.dirty)
+        result |= hardware(self.args.device) | dict(commit=self.commit, dirty=self.dirty)
         write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         self.show(result)
         return result["last"]

@@ -157,6 +157,11 @@ def listed(values: Iterable[Any]) -> str:
     return ", ".join(dict.fromkeys(map(str, values)))
 
 
+def device(run: Record) -> str:
+    """What the run was made on: a CPU with its threads, or a GPU with its driver."""
+    return run["device"] + (f", {run['threads']} threads" if run["device"] == "cpu" else f", driver {run.get('driver')}")
+
+
 def row(cell: Cell, group: list[Cell], published: str = "") -> dict[str, str]:
     """A cell as the row of a table, compared with the KD cells of `group`."""
     runs, some = list(cell.values()), first(cell)
@@ -170,7 +175,7 @@ def row(cell: Cell, group: list[Cell], published: str = "") -> dict[str, str]:
         **{name: "" if other is cell else difference(cell, other) for name, other in against.items()},
         "extra parameters": f"{some['parameters']['extra']:,}",
         "minutes": f"{mean(run['seconds'] for run in runs) / 60:.1f}",
-        "device": listed(run["device"] + f", {run['threads']} threads" * (run["device"] == "cpu") for run in runs),
+        "device": listed(map(device, runs)),
         "torch": listed(run["torch"] for run in runs),
         "commit": listed((run["commit"] or "unknown")[:7] + "+" * bool(run["dirty"]) for run in runs),
     }

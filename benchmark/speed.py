@@ -47,7 +47,7 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-from common import DATASETS, NETWORKS, Images, RawData, build, fail, git, graphed, write
+from common import DATASETS, NETWORKS, Images, RawData, build, fail, git, graphed, hardware, write
 from methods import kd
 from methods.kd import kd_loss
 
@@ -83,6 +83,9 @@ VARIANTS = (
     *("folded teacher", "default memory format", "plain SGD", "uncounted batches", "teacher on a second stream"),
     "bfloat16",  # other numbers, unlike the rest
 )
+
+IN_FLOAT64 = "step unlike a naive loop's, in float64"
+LIMITS = {IN_FLOAT64: 1e-9}  # of the checks; the others allow no difference
 
 
 class PilImages(Dataset):
@@ -238,9 +241,11 @@ def loops(args: Args, kd_args: kd.Args, raw: RawData) -> dict[str, Callable[[int
     return found | {"peer-like, resident": peer(resident), "peer-like": peer(lambda epoch: loader)}
 
 
-def set_up(cuda: bool, ours: bool) -> None:
+def set_up(device: str, ours: bool) -> None:
     """What holds for the whole process: as common.Run sets it for us, as RepDistiller and mdistiller do for the peers."""
-    torch.use_deterministic_algorithms(cuda and ours, warn_only=True)
+    if device != "cpu":
+        torch.cuda.set_device(torch.device(device).index or 0)
+    torch.use_deterministic_algorithms(device != "cpu" and ours, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not ours
 
@@ -253,13 +258,13 @@ def race(args: Args, contestants: dict[str, Callable[[int], object]]) -> dict[st
     for turn in range(args.rounds + 1):
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            set_up(cuda, ours=name.startswith("ours"))
+            set_up(args.device, ours=name.startswith("ours"))
             start = time.perf_counter()
             contestants[name](turn)
             if cuda:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    set_up(cuda, ours=True)
+    set_up(args.device, ours=True)
     return {name: values[1:] for name, values in seconds.items()}
 
 
@@ -309,7 +314,7 @@ def floors(kd_args: kd.Args, classes: int) -> dict[str, float]:
 def work(args: Args, kd_args: kd.Args, raw: RawData, start: Any, seconds: Any) -> None:
     """One of several processes: warms up, waits for the others, and says how long its epochs take."""
     cuda = torch.device(args.device).type == "cuda"
-    set_up(cuda, ours=True)
+    set_up(args.device, ours=True)
     take = np.arange(args.steps * args.batch_size) % len(raw.train[1])
     epoch = our_loop(kd_args, Images(raw.train[0][take], raw.train[1][take], raw, kd_args), graph=cuda)
     epoch(0)
@@ -425,6 +430,47 @@ def runs_differ(kd_args: kd.Args, raw: RawData) -> dict[str, float]:
     return {name: max((whole[key].double() - end[key]).abs().max().item() for key in whole) for name, end in others.items()}
 
 
+def checks(kd_args: kd.Args, raw: RawData) -> dict[str, float]:
+    """What shows that the fast loop is the right one: numbers that must be 0, or as small as LIMITS says."""
+    differ = runs_differ(kd_args, raw)
+    found = {"views unlike torchvision's, of 200": views_differ(raw, kd_args), IN_FLOAT64: step_error(kd_args, raw.classes)}
+    found |= {"runs that never lower the rate end alike": differ.pop("rate never falls") == 0}
+    found |= {f"run unlike the whole, eager one: {name}": value for name, value in differ.items()}
+    for name, value in found.items():
+        print(f"{name:50}{value:.1e}", flush=True)
+    return found
+
+
+def print_race(seconds: dict[str, list[float]], steps: int) -> dict[str, dict[str, Any]]:
+    """The table of the race, from each loop's seconds in each round."""
+    rows = {}
+    for name, values in seconds.items():
+        ratios = [theirs / own for theirs, own in zip(values, seconds["ours"])]
+        row = dict(ms=1000 * median(values) / steps, ratio=median(ratios), min=min(ratios), max=max(ratios), seconds=values)
+        print(f"{name:34}{row['ms']:9.2f}   {row['ratio']:.2f} ({row['min']:.2f} to {row['max']:.2f})", flush=True)
+        rows[name] = row
+    return rows
+
+
+def print_floors(bounds: dict[str, float]) -> dict[str, float]:
+    print(f"{'floor: the arithmetic':34}{bounds['arithmetic_ms']:9.2f}   {bounds['gflop']:.1f} GFLOP", end="")
+    print(f" at the {bounds['product_gflop_s']:,.0f} GFLOP/s of a large matrix product")
+    if "kernels" in bounds:
+        print(f"{'floor: a graph of trivial kernels':34}{bounds['trivial_graph_ms']:9.2f}   {bounds['kernels']} kernels")
+    print(f"a large copy: {bounds['copy_gb_s']:,.0f} GB/s, of what is read and what is written", flush=True)
+    return bounds
+
+
+def print_together(args: Args, kd_args: kd.Args, raw: RawData) -> dict[int, float]:
+    """Steps a second of each number of runs at once."""
+    usual = () if args.device == "cpu" else (1, 2, 3, 5)
+    found = {}
+    for n in usual if args.at_once is None else args.at_once:
+        found[n] = together(args, kd_args, raw, n)
+        print(f"{f'{n} at once':34}{1000 / found[n]:9.2f}   {found[n]:.2f} steps a second, all together", flush=True)
+    return found
+
+
 def main(args: Args) -> None:
     teacher, _, student = args.pair.partition("/")
     if teacher not in NETWORKS or student not in NETWORKS:
@@ -435,47 +481,19 @@ def main(args: Args) -> None:
         fail("--rounds, --steps, --batch-size and --workers must be at least 1", 2)
     raw = DATASETS[args.dataset](args.data)
     kd_args = kd.Args(teacher, student, device=args.device, batch_size=args.batch_size, lr=0.05)
-    cuda = torch.device(args.device).type == "cuda"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as common.Run does
-    device = torch.cuda.get_device_name(args.device) if cuda else f"cpu, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    print(f"{args.pair}, batch {args.batch_size}, {device}, torch {torch.__version__}")
-    print(f"{args.rounds} rounds of {args.steps} steps, {args.workers} workers", flush=True)
-
-    rows = {}
-    seconds = race(args, loops(args, kd_args, raw))
-    print(f"{'':34}ms a step   times ours: median (min to max)")
-    for name, values in seconds.items():
-        ratios = [theirs / own for theirs, own in zip(values, seconds["ours"])]
-        row = dict(ms=1000 * median(values) / args.steps, ratio=median(ratios), min=min(ratios), max=max(ratios), seconds=values)
-        print(f"{name:34}{row['ms']:9.2f}   {row['ratio']:.2f} ({row['min']:.2f} to {row['max']:.2f})", flush=True)
-        rows[name] = row
-
-    bounds = floors(kd_args, raw.classes)
-    product, copies = f"{bounds['product_gflop_s']:,.0f} GFLOP/s", f"{bounds['copy_gb_s']:,.0f} GB/s"
-    print(f"{'floor: the arithmetic':34}{bounds['arithmetic_ms']:9.2f}   {bounds['gflop']:.1f} GFLOP at {product}")
-    if cuda:
-        print(f"{'floor: a graph of trivial kernels':34}{bounds['trivial_graph_ms']:9.2f}   {bounds['kernels']} kernels")
-    print(f"a large copy moves {copies} of float32, counting each once read and once written", flush=True)
-
-    usual = (1, 2, 3, 5) if cuda else ()
-    at_once = {n: together(args, kd_args, raw, n) for n in (usual if args.at_once is None else args.at_once)}
-    for n, rate in at_once.items():
-        print(f"{f'{n} at once':34}{1000 / rate:9.2f}   {rate:.2f} steps a second, all together", flush=True)
-
-    checks = {"views unlike torchvision's, of 200": views_differ(raw, kd_args)}
-    checks |= {"step unlike a naive loop's, in float64": step_error(kd_args, raw.classes)}
-    differ = runs_differ(kd_args, raw)
-    right = checks["views unlike torchvision's, of 200"] == 0 and checks["step unlike a naive loop's, in float64"] < 1e-9
-    right = right and differ.pop("rate never falls") > 0 and not any(differ.values())  # not so if one is NaN
-    checks |= {f"run unlike the whole, eager one: {name}": value for name, value in differ.items()}
-    for name, value in checks.items():
-        print(f"{name:50}{value:.1e}", flush=True)
+    machine = hardware(args.device) | dict(cores=os.cpu_count())
+    print(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
+    print(f"{args.pair}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps, {args.workers} workers")
+    print(f"{'':34}ms a step   times ours: median (min to max)", flush=True)
+    facts = {flag: value for flag, value in dataclasses.asdict(args).items() if flag not in ("data", "json")}
+    facts |= machine | dict(commit=git("rev-parse", "HEAD"), loops=print_race(race(args, loops(args, kd_args, raw)), args.steps))
+    facts |= dict(floors=print_floors(floors(kd_args, raw.classes)), at_once=print_together(args, kd_args, raw))
+    facts |= dict(checks=checks(kd_args, raw))
+    facts |= dict(right=all(value <= LIMITS.get(name, 0) for name, value in facts["checks"].items()))  # not so if one is NaN
     if args.json:
-        facts = {flag: value for flag, value in dataclasses.asdict(args).items() if flag not in ("data", "json")}
-        facts |= dict(device=device, torch=torch.__version__, commit=git("rev-parse", "HEAD"))
-        facts |= dict(loops=rows, floors=bounds, at_once=at_once, checks=checks, right=right)
         write(args.json, json.dumps(facts, indent=1) + "\n")
-    if not right:
+    if not facts["right"]:
         fail("the fast loop does not compute what it should: the last rows must be 0, the float64 one below 1e-9")
 
 
