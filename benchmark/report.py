@@ -159,7 +159,8 @@ def listed(values: Iterable[Any]) -> str:
 
 def device(run: Record) -> str:
     """What the run was made on: a CPU with its threads, or a GPU with its driver."""
-    return run["device"] + (f", {run['threads']} threads" if run["device"] == "cpu" else f", driver {run.get('driver')}")
+    more = f"{run['threads']} threads" if run["device"] == "cpu" else f"driver {run.get('driver') or 'unknown'}"
+    return f"{run['device']}, {more}"
 
 
 def row(cell: Cell, group: list[Cell], published: str = "") -> dict[str, str]:

@@ -114,6 +114,7 @@ def test_a_run_and_its_files(script):
     assert result["args"] == args
     assert result["parameters"] == {"student": 83_892, "extra": 0, "at_test": 83_892}
     assert (result["method"], result["teacher"], result["epochs"], result["device"]) == ("vanilla", None, 4, "cpu")
+    assert (result["device"], result["driver"]) == ("cpu", None)
     assert (result["threads"], result["torch"]) == (torch.get_num_threads(), torch.__version__)
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
     assert result["commit"] == (commit.stdout.strip() if commit.returncode == 0 else None)
