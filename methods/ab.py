@@ -11,10 +11,11 @@ a margin, to that side of zero on which the teacher's is; in the second the stud
 
 w = 3/1000, m = 1, r = 1, a = 0. The connector is nothing where the shapes agree; else a convolution and a batch norm: 1x1 where
 the sides are equal, 3x3 with stride 2 where the student's side is twice the teacher's, transposed 4x4 with stride 2 where it
-is half. Stage 1 lasts 30 epochs, at the student's learning rate throughout. The equation numbers are ours.
+is half, else as in fitnet.py. Stage 1 lasts 30 epochs, at the student's learning rate. The equation numbers are ours.
 
 Differences
-- from the paper: none in L_ab, a differentiable stand-in for its count of neurons on different sides of zero.
+- from the paper: none in l, a differentiable stand-in for its count of neurons on different sides of zero; w and the weights
+  2^(k - n) are the code's.
 - from the authors' code (bhheo/AB_distillation, commit a7701d3): there stage 2 is KD alone (T = 3, without T^2), the teacher
   is in train mode in stage 1, and every stage has a connector with a 1x1 convolution.
 - from RepDistiller's code (HobbitLong/RepDistiller, commit b84f547, distiller_zoo/AB.py): none in the loss. Its flag -b has no
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Run, accuracy, build, fail, graphed, load_data, load_teacher, shapes
 
 

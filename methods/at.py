@@ -12,8 +12,8 @@ r = 1, a = 0, beta = 1000. Where the maps of a stage differ in side, the larger 
 numbers are ours.
 
 Differences
-- from the paper: it writes beta / 2 times the norm of Q(f_s) - Q(f_t); its authors' own code and all since take the mean
-  square, as here. On 8x8 maps whose Q are 0.15 apart the two differ by a factor of 213.
+- from the paper: it writes beta / 2 times the norm of Q(f_s) - Q(f_t); its authors' own code and nearly all since take
+  the mean square, as here. On 8x8 maps whose Q are 0.15 apart the two differ by a factor of 213.
 - from the authors' code (szagoruyko/attention-transfer, commit 893df54, utils.py) and from RepDistiller's (HobbitLong/
   RepDistiller, commit b84f547, distiller_zoo/AT.py): none.
 - kept although odd: the mean over positions ties a stage's weight to its side, a 32x32 map counts a sixteenth of an 8x8 one.
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Run, accuracy, build, fail, graphed, load_data, load_teacher, shapes
 
 

@@ -10,8 +10,8 @@ published CIFAR-100 numbers, two neighbouring images must not miss the teacher i
 r = 1, a = 0, beta = 0.02, f the pooled features, i the place in the shuffled batch. The equation numbers are ours.
 
 Differences
-- from the paper: another loss. The paper compares the two networks' B x B matrices of Gaussian kernels (Taylor order 2) by
-  their mean squared difference and adds KD. Here is what RepDistiller runs, which says it has it from the paper's authors.
+- from the paper: another loss. The paper compares the two networks' B x B matrices of Gaussian kernels (in KD-Zoo's code by
+  Taylor series of order 2 and mean squared difference). Here is what RepDistiller runs, which says it has it from its authors.
 - from RepDistiller's code (HobbitLong/RepDistiller, commit b84f547, distiller_zoo/CC.py): none.
 - kept although odd: L_cc is zero, and teaches nothing, once e_s and e_t are the same constant, so the norms of their weights
   are logged; and it is not zero for a student equal to the teacher, as e_s and e_t start differently.
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Run, accuracy, build, graphed, load_data, load_teacher, shapes
 
 

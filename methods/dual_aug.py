@@ -13,7 +13,7 @@ hold across them. The student, which is trained, gets the harder view; the teach
 
 Differences
 - from the paper: unknown. Its abstract says "different augmentations applied to both models during distillation"; which, how
-  strong, on which side and with what weights is ours. On arXiv its versions 2 and 3 withdraw it as "Not completed work".
+  strong, on which side and with what weights is ours. On arXiv versions 2 and 3 withdraw it as "Not completed work".
 - from the authors' code: none has a second view (giakoumoglou/distillers, commit a2ee80b); the ICD is that of commit 9ba0bfd,
   Eq. 1 to 5, with what is odd in it (the head of methods/icd.py says what). The equation numbers are ours.
 
@@ -34,7 +34,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 from torchvision.transforms.functional import rgb_to_grayscale
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Images, Run, accuracy, build, fail, graphed, load_data, load_teacher, shapes
 
 
@@ -181,7 +181,7 @@ def main(args: Args) -> float:
         if kind not in ("weak", "color", "cutout"):
             fail(f"{flag} {kind} is unknown: take one of weak, color, cutout", 2)
     if args.batch_size != 64:
-        print("note: --icd-weight was tuned for batches of 64; an image's negatives are the rest of its batch", flush=True)
+        print("note: --icd-weight belongs to batches of 64; an image's negatives are the rest of its batch", flush=True)
     run = Run(__file__, args)  # a run that is already finished prints its result and ends here
     train, test = load_data(args)
     teacher = load_teacher(args, test)  # frozen, in eval mode

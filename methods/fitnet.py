@@ -8,7 +8,8 @@ convolution, trained with the student and dropped afterwards, bridges the differ
     L      = r * CE + a * T^2 * KL(p_t || p_s) + beta * L_hint                            Eq. 3
 
 r = 1, a = 0, beta = 100, maps f2 (f0 is the stem). conv has a 1x1 kernel where the sides are equal, 3x3 with stride 2 where
-the student's side is twice the teacher's, transposed 4x4 with stride 2 where it is half. The equation numbers are ours.
+the student's side is twice the teacher's, transposed 4x4 with stride 2 where it is half, and takes away what the student's
+has more otherwise. The equation numbers are ours.
 
 Differences
 - from the paper: one stage. The paper first trains the student up to the hint on half the squared norm of u - f_t alone, then
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Run, accuracy, build, fail, graphed, load_data, load_teacher, shapes
 
 

@@ -16,7 +16,7 @@ student is a resnet or wrn, else at the student's. The equation numbers are ours
 Differences
 - from the paper, whose authors' code is Jangho-Kim/Factor-Transfer-pytorch, commit 19cce26: Q(F) = n(F) with all channels
   and beta = 500 there, the mean of absolute values in Eq. 1, and no batch norm in the translator. --ft-variant original takes
-  these three, on the schedule of the other variant.
+  all but beta, which --ft-weight 500 sets, on the schedule of the other variant.
 - from RepDistiller's code (HobbitLong/RepDistiller, commit b84f547, distiller_zoo/FT.py, models/util.py): none.
 - kept although odd: Eq. 2, RepDistiller's, is AT's and blind to the sign of the factor.
 
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Run, accuracy, build, graphed, load_data, load_teacher, shapes
 
 

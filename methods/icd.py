@@ -1,6 +1,6 @@
 """ICD: Invariant Consistency for Knowledge Distillation. Giakoumoglou and Stathaki, 2024, arXiv 2407.11802.
 
-Renamed "Discriminative and Consistent Representation Distillation" (DCD) in v3; the loss stayed the same. Student and
+Renamed "Discriminative and Consistent Representation Distillation" (DCD) in v3; the loss in the code is the same. Student and
 teacher features are projected to unit vectors. An image's student vector must find the same image's teacher vector among
 the batch's (contrast), and the student-to-teacher and teacher-to-student distributions must agree (invariance).
 
@@ -12,10 +12,11 @@ the batch's (contrast), and the student-to-teacher and teacher-to-student distri
     L        = r * CE + a * T^2 * KL(p_t || p_s) + beta * (L_con + alpha * L_inv)                Eq. 6
 
 r = 1, a = 0, beta = 1, alpha = 0.5; a = 1 makes ICD+KD. The equation numbers are ours: the losses and settings come from
-the authors' code (giakoumoglou/distillers, commit 9ba0bfd), which made the published numbers.
+the authors' code (giakoumoglou/distillers, commit 9ba0bfd, the last in which ICD runs). The published numbers stand in its
+README of 4 September 2024.
 
 Differences
-- from the paper: its body was not at hand, only its abstract; none can be listed.
+- from the paper: not compared but for its abstract.
 - from the authors' code: the last batch of an epoch, 16 images, is kept (they drop it), and seeds are set. Nothing else.
 - kept although odd: the bias b changes no softmax, so it learns nothing; tau starts at 1, so s starts at e and not at 1;
   for tau > ln 10 the clamp leaves tau no gradient; the contrast runs in one direction only, and images of the same class
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Run, accuracy, build, graphed, load_data, load_teacher, shapes
 
 
@@ -117,7 +118,7 @@ class ICD(nn.Module):
 
 def main(args: Args) -> float:
     if args.batch_size != 64:
-        print("note: --icd-weight was tuned for batches of 64; an image's negatives are the rest of its batch", flush=True)
+        print("note: --icd-weight belongs to batches of 64; an image's negatives are the rest of its batch", flush=True)
     run = Run(__file__, args)  # a run that is already finished prints its result and ends here
     train, test = load_data(args)
     teacher = load_teacher(args, test)  # frozen, in eval mode

@@ -1,5 +1,5 @@
 """IE-AT: inheritance and exploration with attention maps. After Huang, Shen, Xing et al., Revisiting Knowledge Distillation: An
-Inheritance and Exploration Framework, CVPR 2021, arXiv 2107.00181, which has IE-AT in its Table 1 and does not define it there.
+Inheritance and Exploration Framework, CVPR 2021, arXiv 2107.00181, which has IE-AT in its Table 1. The definition is ours.
 
 One half of the student's channels has to attend to where the teacher does (inheritance, as in AT, arXiv 1612.03928), the other
 half to where it does not (exploration), so that the student does not merely repeat the teacher.
@@ -13,10 +13,11 @@ half to where it does not (exploration), so that the student does not merely rep
 r = 1, lambda_inh = 1000, lambda_exp = 100; f is the map that is pooled into the classifier. The equation numbers are ours.
 
 Differences
-- from the paper: everything but the idea is ours, since its full text was not at hand. 1000 is AT's usual weight for the mean of
-  squares. 100 was not tuned: on 8x8 positions it holds the exploration term above -3.1, the size of the cross-entropy.
+- from the paper: not compared but for its abstract; everything but the idea is ours. 1000 is AT's usual weight for the mean of
+  squares. 100 was not tuned: on 8x8 positions the exploration term is never below -3.13, the size of the cross-entropy.
 - from the authors' code (aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-Exploration-Framework, commit 3274ab0): it
-  has no IE-AT; the recipe is its CIFAR-10 one for every data set, with this project's pixels and teachers.
+  has no IE-AT; the recipe is its CIFAR-10 one for every data set, with this project's pixels, teachers and initialisation.
+  Seeds are set here, and the last epoch counts, not the best on the test set.
 - from AT: the last map alone, where AT compares every stage. As there, of two maps that differ in side the larger one is
   average-pooled, and a mean ties the weights to the number of positions. Nothing is trained besides the student.
 
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Run, accuracy, build, graphed, load_data, load_teacher
 
 

@@ -14,14 +14,14 @@ other half has to differ from it. For the network k and the other one, o, which 
 r = a = T = 1, lambda_inh = lambda_exp = 50; f is the map that is pooled into the classifier. The equation numbers are ours.
 
 Differences
-- from the paper: its full text was not at hand; that the two are trained alternately is a reader's report, the rest is ours.
+- from the paper: not compared but for its abstract; that the two are trained in turns is told by others, the rest is ours.
   Whether the paper keeps the KL is not known: --kd-weight 0 leaves it out.
 - from the authors' code (aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-Exploration-Framework, commit 3274ab0): it
-  has DML but no IE-DML. Terms, coders and recipe are those of its IE-KD: see ie_kd.py, also for its weakness.
+  has DML but no IE-DML. Terms, coders and recipe are those of its IE-KD: see ie_kd.py, also for what differs and its weakness.
 - ours: all factors have half as many channels as the student; of two that differ in side the larger one is average-pooled. The
-  peer learns first; its second pass, for fresh predictions, moves its batch statistics once more.
+  peer learns first; its second pass, for fresh predictions, moves its batch statistics and both encoders' once more.
 
-The test accuracy is the student's, the log has the peer's beside it. Compare with two plain runs: they cost as much.
+The test accuracy is the student's, the log has the peer's beside it. Compare with two plain runs, which cost somewhat less.
 
     python methods/ie_dml.py --peer resnet20 --student resnet20
 """
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Run, accuracy, build, graphed, load_data, shapes
 
 

@@ -1,5 +1,5 @@
 """IE-KD: Revisiting Knowledge Distillation: An Inheritance and Exploration Framework. Huang, Shen, Xing et al., CVPR 2021,
-arXiv 2107.00181. This is IE-FT, the variant built on factor transfer.
+arXiv 2107.00181. Taken to be IE-FT, the variant built on factor transfer.
 
 An auto-encoder first learns to compress the teacher's last map into a factor. Then one half of the student's channels has to
 reproduce that factor through a small encoder of its own (inheritance), and the other half has to differ from it
@@ -16,11 +16,12 @@ are ours. Form and recipe come from the authors' code (aliyun/Revisiting-Knowled
 Framework, commit 3274ab0: loss/factor_transfer.py, loss/reconstruction.py).
 
 Differences
-- from the paper: its full text was not at hand; the weights are those of its Table 6b by a reader's report, which squares L_rec.
+- from the paper: not compared but for its abstract. The weights are those of its Table 6b as told by others, who square L_rec.
 - from the authors' code: it calls the frozen network "student" and the trained one "teacher"; here the names are the paper's.
+  Seeds are set, and the last epoch counts, not the best on the test set.
   No configuration in it runs, and the weights of 1 in the only one for IE-KD are next to nothing for a mean over all elements.
 - ours: a factor has half as many channels as the student (the code: 32, half of a resnet's 64); of two factors that differ in
-  side the larger one is average-pooled; the CIFAR-10 recipe serves every data set, with this project's pixels and teachers.
+  side the larger is average-pooled; the CIFAR-10 recipe serves every data set, with our pixels, teachers and initialisation.
 - kept although odd: L_exp can fall through E_exp alone, while f_exp still resembles the teacher. So the log has the linear CKA of
   halves and teacher's map, 1 if equal up to rotation and scale: a mean over test batches of 500 images, biased upwards.
 
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Images, Run, accuracy, build, fail, graphed, load_data, load_teacher, shapes
 
 

@@ -11,14 +11,15 @@ class over the batch, and in rank. It does so again on an augmented copy x' of t
     L_rank  = 1 - mean_rows C(R_s - mean R_s, R_t - mean R_t),   R over 1 + 2 + ... + C                   Eq. 5
     L       = r CE(x) + sum over x and x' of (a T^2 KL(p_t || p_s) + w_v L_value + w_r L_rank)            Eq. 6
 
-r = 1, a = 0, T = 4, w_v = w_r = 2, p = 0.7. The equation numbers are ours: all of this is read in the authors' code.
+r = 1, a = 0, T = 4, w_v = w_r = 2, p = 0.7. The equation numbers are ours. Read in the authors' code, but for what is ours below.
 
 Differences
-- from the paper: its text was not at hand. Soft ranks (rho above 0) and the KD term, for comparison, are ours.
+- from the paper: not compared. Soft ranks (rho above 0) and the KD term, for comparison, are ours.
 - from the authors' code (Seonghak35/R2KD, commit ece240e, mdistiller/distillers/R2KD.py): the pruned teacher is in eval mode;
   theirs stays in train mode, so its statistics drift. cutmixpick keeps, as its inventors do (MingSun-Tse/Good-DA-in-KD, commit
   75443f9), the 64 of two batches of CutMix images that have the highest entropy; theirs scores the images before mixing them,
-  in one batch, and keeps all. No x' and no pruning are choices here. The last epoch counts, not the best on the test set.
+  in one batch, as -p log p, NaN where p is 0, and keeps all. No x' and no pruning are choices here. The last epoch counts, not
+  the best on the test set. The weights are its defaults, as it has no configuration for CIFAR-100.
 - kept although odd: hard ranks carry no gradient, so L_rank is a constant; |C| is C, as probabilities are positive; mixing
   factor, square or policy are drawn once for the batch.
 
@@ -41,7 +42,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Images, Run, accuracy, build, fail, graphed, load_data, load_teacher
 
 AUGMENTATIONS = ("none", "mixup", "cutmix", "cutmixpick", "cutout", "autoaugment")

@@ -3,7 +3,7 @@
     L = CE(z, y)
 
 Differences
-- from RepDistiller's train_teacher.py, whose recipe this is: seeds are set, and the last epoch is the headline.
+- from RepDistiller's train_teacher.py, whose recipe this is: seeds are set.
 
     python methods/vanilla.py --student resnet56
 """
@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import Run, accuracy, build, graphed, load_data
 
 

@@ -82,7 +82,7 @@ def test_the_epoch_loop_is_the_same_text(method):
 def test_guard_and_import_lines_are_the_same(method):
     lines = SOURCES[method].splitlines()
     assert lines[-2:] == ['if __name__ == "__main__":', "    main(tyro.cli(Args, description=__doc__))"]
-    assert lines.count("sys.path.insert(0, str(Path(__file__).resolve().parents[1]))") == 1
+    assert lines.count("sys.path.insert(1, str(Path(__file__).resolve().parents[1]))") == 1
     first = [ast.unparse(node) for node in main_of(method).body]
     assert "run = Run(__file__, args)" in first
     assert any(line.startswith("train, test = load_data(args") for line in first)
