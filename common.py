@@ -223,9 +223,9 @@ class Images:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order, neither cropped nor flipped: batches of x (500, 3, 32, 32), y (500,)."""
+        middle = torch.tensor([[4], [4], [0]], device=self.device)
         for index in torch.arange(len(self), device=self.device).split(500):
-            middle = torch.tensor([[4], [4], [0]], device=self.device).expand(3, len(index))
-            yield self.normalise(self.crop(index, middle)), self.labels[index]
+            yield self.normalise(self.crop(index, middle.expand(3, len(index)))), self.labels[index]
 
 
 def load_data(args: Any, padding: str = "constant") -> tuple[Images, Images]:
@@ -608,7 +608,8 @@ class Graph:
             with torch.cuda.graph(self.graph, stream=self.stream):
                 self.sums = self.step(*self.batch)
         except RuntimeError as error:
-            fail(f"this step cannot be a CUDA graph ({one_line(error)}): continue with the same command without CUDA_GRAPH=1")
+            cause = one_line(error.__context__ or error)  # the end of a failed capture is an error of its own
+            fail(f"this step cannot be a CUDA graph ({cause}): continue with the same command without CUDA_GRAPH=1")
 
 
 def graphed(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -721,14 +722,16 @@ def load_teacher(args: Any, test: Images) -> nn.Module:
 
 
 def take_lock(path: Path) -> IO | None:
-    """Hold a file against all other processes until it is closed or this process ends, however; None if one holds it."""
+    """Hold a file against all other processes until it is closed or this process ends in any way; None if one holds it."""
     file = open(path, "a")  # noqa: SIM115, it stays open
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         return None
+    except OSError as error:
+        fail(f"{path} cannot be locked ({error.strerror}): name a folder on another file system with --runs")
     return file
 
 
@@ -751,7 +754,7 @@ def write(path: Path, content: bytes | str) -> None:
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({error.strerror}), the one before is intact: make room and continue with the same command")
+        fail(f"cannot write {path} ({error.strerror}), what was there is intact: make room and continue with the same command")
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -849,7 +852,7 @@ def hardware(device: str) -> dict[str, Any]:
     name, driver = device, None
     if device != "cpu":
         name = torch.cuda.get_device_name(device)
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        with contextlib.suppress(OSError, IndexError, subprocess.CalledProcessError):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     return dict(device=name, driver=driver, threads=torch.get_num_threads(), torch=torch.__version__)
@@ -893,6 +896,9 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = take_lock(self.folder / ".lock")
+            if self.lock is None:  # perhaps for the moment in which `in_use` looks
+                time.sleep(0.5)
+                self.lock = take_lock(self.folder / ".lock")
         except OSError as error:
             fail(f"cannot use the folder {self.folder} ({error.strerror}): name another one with --runs")
         if self.lock is None:
@@ -905,10 +911,13 @@ class Run:
         except (ValueError, AttributeError):
             fail(f"{file} is damaged: delete the folder to start this run again")
         if differing and not (result.exists() and differing == ["device"]):  # a result can be shown on any device
-            flag = differing[0]
-            fail(f"{file} says {flag} {found.get(flag)}, this command {self.settings[flag]}: restore it, or name another --runs")
+            flag, began = differing[0], found.get(differing[0])
+            fail(f"{file} says that the run began with {flag} {began}, not {self.settings[flag]}: take that, or another --runs")
         if result.exists():
-            self.show(json.loads(result.read_text()))
+            try:
+                self.show(json.loads(result.read_text()))
+            except (ValueError, KeyError):
+                fail(f"{result} is damaged: delete the folder to start this run again")
             raise SystemExit(0)
         for source in script, Path(__file__):
             copy = self.folder / source.name
@@ -935,7 +944,8 @@ class Run:
             schedule.load_state_dict(state["schedule"])
             print(f"continuing after epoch {len(state['rows'])} of {total}", flush=True)
         for group in optimizer.param_groups:  # a graph reads the rate from the device, where the schedule changes it in place
-            group["lr"] = torch.as_tensor(group["lr"], device=self.args.device).float() if GRAPH else float(group["lr"])
+            on_device = GRAPH or self.args.device != "cpu"  # with or without a graph, so that both have the same float32
+            group["lr"] = torch.as_tensor(group["lr"], device=self.args.device).float() if on_device else float(group["lr"])
         earlier = len(self.rows)
         self.phase, self.total, self.rows = phase, total, self.rows + state["rows"]
         saved = time.monotonic()
@@ -999,7 +1009,7 @@ class Run:
         extra = sum(self.parameters.values()) - count(student)
         result["parameters"] = dict(student=count(student), extra=extra, at_test=count(student))
         result |= dict(epochs=len(rows), seconds=round(sum(row["seconds"] for row in self.rows), 1))
-        result |= hardware(self.args.device) | dict(commit=self.commit, dirty=self.dirty)
+        result |= hardware(self.args.device) | dict(cuda_graph=GRAPH, commit=self.commit, dirty=self.dirty)
         write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         self.show(result)
         return result["last"]

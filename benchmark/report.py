@@ -21,11 +21,15 @@ from typing import Any
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))
+from common import fail
+
 PUBLISHED = ROOT / "benchmark" / "published.json"  # numbers by pair and, as `method`, the label of our run that repeats them
 TEMPLATE = ROOT / "benchmark" / "results.template.md"
 APART = ("seed", "device", "data", "runs", "teacher_weights")  # flags that do not split a cell; its teacher is told by SHA-256
 RECIPE = ("epochs", "batch_size", "lr", "milestones", "weight_decay")  # a run is compared with KD where these are the same
 KD = {"KD 0.1/0.9": (0.1, 0.9, 4), "KD 1/1": (1, 1, 4)}  # our own KD rows: weight of labels, weight of teacher, temperature
+OURS = {"dual_aug": " (a reconstruction)", "ie_at": " (our definition)", "ie_dml": " (our definition)"}  # said in every row
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last also for more, for which it is slightly too wide
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -46,9 +50,11 @@ class Args:
 
 
 def collect(runs: Path, records: Path) -> None:
-    """Copy result.json and log.jsonl of every finished run; a record that says something else is never replaced."""
+    """Copy result.json and log.jsonl of every finished run on real images; a record that says something else stays as it is."""
     for result in sorted(runs.glob("*/result.json")):
-        for source in result, result.with_name("log.jsonl"):
+        for source in () if "__synthetic__" in result.parent.name else (result, result.with_name("log.jsonl")):
+            if not source.exists():
+                fail(f"{source} is missing: restore it, or remove the folder")
             target = records / result.parent.name / source.name
             if target.exists() and target.read_bytes() != source.read_bytes():
                 print(f"kept {target} although {source} differs: remove its folder to take the new record", file=sys.stderr)
@@ -58,14 +64,19 @@ def collect(runs: Path, records: Path) -> None:
 
 
 def read(records: Path) -> list[Record]:
-    """All records in the order of their names, each with its `label` and its `log`."""
+    """All records in the order of their names, each with its `folder`, `label` and `log`."""
     found = []
     for file in sorted(records.glob("*/result.json")):
         try:
             log = [json.loads(text) for text in file.with_name("log.jsonl").read_text().splitlines()]
-            found.append(json.loads(file.read_text()) | {"label": label(file.parent.name), "log": log})
+            found.append(json.loads(file.read_text()) | {"label": label(file.parent.name), "log": log, "folder": file.parent})
         except (OSError, ValueError) as error:
-            raise SystemExit(f"error: the record {file.parent} cannot be read ({error}): restore or remove it") from error
+            fail(f"the record {file.parent} cannot be read ({error}): restore or remove it")
+    lengths = {record["folder"].name: record["epochs"] for record in found}
+    for record in found:  # a teacher that says nothing about its epochs may have a record here
+        if record["teacher"] and record["teacher"]["epochs"] is None:
+            names = {*Path(record["teacher"]["source"]).parts} & lengths.keys()
+            record["teacher"]["epochs"] = lengths[names.pop()] if names else None
     return found
 
 
@@ -92,7 +103,11 @@ def cells(records: list[Record]) -> list[Cell]:
     groups: dict[str, Cell] = defaultdict(dict)
     for record in records:
         flags = {flag: value for flag, value in record["args"].items() if flag not in APART}
-        groups[json.dumps([record["method"], teacher(record)["sha256"], flags], sort_keys=True)][record["args"]["seed"]] = record
+        cell = groups[json.dumps([record["method"], teacher(record)["sha256"], flags], sort_keys=True)]
+        seed = record["args"]["seed"]
+        if seed in cell:
+            fail(f"the records {cell[seed]['folder']} and {record['folder']} are of the same run: remove one")
+        cell[seed] = record
     order = {"vanilla": 0, "kd": 1}
     found = [dict(sorted(cell.items())) for cell in groups.values()]
     return sorted(found, key=lambda cell: (first(cell)["epochs"], order.get(first(cell)["method"], 2), first(cell)["label"]))
@@ -114,11 +129,16 @@ def pairs(found: list[Cell]) -> dict[tuple[str, str, str, str], list[Cell]]:
     return dict(sorted(groups.items()))
 
 
+def usual(record: Record) -> int:
+    """How many epochs the run's recipe has: 160 by IE-KD's, known by its batch size and milestones, else 240."""
+    args = record["args"]
+    return 160 if (args["batch_size"], list(args["milestones"])) == (128, [80, 120]) else 240
+
+
 def is_full(record: Record) -> bool:
     """Whether the run belongs to the benchmark: enough epochs, for it and, as far as that is known, for its teacher."""
-    args = record["args"]
-    usual = 160 if record["method"].startswith("ie_") or args["dataset"] == "cifar10" else 240
-    return args["dataset"] != "synthetic" and record["epochs"] >= usual and (teacher(record)["epochs"] or usual) >= usual
+    own, others = record["epochs"], teacher(record)["epochs"] or 240
+    return record["args"]["dataset"] != "synthetic" and own >= usual(record) and others >= 160
 
 
 def mark(n: int) -> str:
@@ -159,7 +179,9 @@ def listed(values: Iterable[Any]) -> str:
 
 def device(run: Record) -> str:
     """What the run was made on: a CPU with its threads, or a GPU with its driver."""
-    more = f"{run['threads']} threads" if run["device"] == "cpu" else f"driver {run.get('driver') or 'unknown'}"
+    more = f"driver {run.get('driver') or 'unknown'}"
+    if run["device"] == "cpu":
+        more = f"{run['threads']} thread{'s' * (run['threads'] > 1)}"
     return f"{run['device']}, {more}"
 
 
@@ -168,7 +190,7 @@ def row(cell: Cell, group: list[Cell], published: str = "") -> dict[str, str]:
     runs, some = list(cell.values()), first(cell)
     against = {f"against {name}": kd_cell(group, some, weights) for name, weights in KD.items()}
     return {
-        "run": f"`{some['label']}`",
+        "run": f"`{some['label']}`" + OURS.get(some["method"], ""),
         "epochs": str(some["epochs"]),
         "published": published,
         "last": spread([run["last"] for run in runs]),
@@ -199,9 +221,13 @@ def section(found: list[Cell], cite: Callable[..., str]) -> str:
     for (dataset, name, student, sha256), group in pairs(found).items():
         some = teacher(first(group[-1]))
         text += f"### {name} to {student}, {dataset}\n\n"
-        rows = [row(cell, group, cite(dataset, name, student, first(cell)["label"])) for cell in group]
+        rows = []
+        for cell in group:
+            usual_length = first(cell)["epochs"] == usual(first(cell))  # the only one that published numbers are about
+            rows.append(row(cell, group, cite(dataset, name, student, first(cell)["label"]) if usual_length else ""))
         if sha256:
-            text += f"Teacher: SHA-256 {sha256[:12]}, trained for {some['epochs'] or 'an unknown number of'} epochs.\n\n"
+            epochs = {None: "an unknown number of epochs", 1: "1 epoch"}.get(some["epochs"], f"{some['epochs']} epochs")
+            text += f"Teacher: SHA-256 {sha256[:12]}, trained for {epochs}.\n\n"
             published = cite(dataset, name, student, "teacher")
             rows.insert(0, {"run": f"teacher {name}", "published": published, "last": f"{some['accuracy']:.2f}"})
         text += table(rows)
@@ -263,9 +289,12 @@ def draw(found: list[Cell], folder: Path) -> None:
 
 
 def main(args: Args) -> None:
+    flag, folder = ("records", args.records) if args.runs is None else ("runs", args.runs)
+    if not folder.is_dir():
+        fail(f"--{flag} {folder} is no folder", 2)
+    if not args.out.parent.is_dir():
+        fail(f"--out {args.out}: there is no folder {args.out.parent}", 2)
     if args.runs is not None:
-        if not args.runs.is_dir():
-            raise SystemExit(f"error: --runs {args.runs} is no folder")
         collect(args.runs, args.records)
     records = read(args.records)
     args.out.write_text(document(records, json.loads(PUBLISHED.read_text("utf-8"))), "utf-8")

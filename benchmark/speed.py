@@ -190,9 +190,9 @@ def in_bfloat16(net: nn.Module) -> Callable:
 def our_loop(kd_args: kd.Args, train: Images, graph: bool = False, variant: str = "") -> Callable[[int], object]:
     """Our epoch, as a CUDA graph or not, with nothing or one of VARIANTS changed; takes the epoch's number."""
     teacher, student = networks(kd_args, train.classes)
-    fused = variant != "plain SGD"
+    fused = None if variant == "plain SGD" else True
     optimizer = SGD(student.parameters(), kd_args.lr, momentum=0.9, weight_decay=kd_args.weight_decay, fused=fused)
-    if graph:
+    if fused and kd_args.device != "cpu":
         optimizer.param_groups[0]["lr"] = torch.tensor(kd_args.lr, device=kd_args.device)  # as common.Run makes it
     if variant == "default memory format":
         teacher, student = (net.to(memory_format=torch.contiguous_format) for net in (teacher, student))
@@ -328,7 +328,7 @@ def work(args: Args, kd_args: kd.Args, raw: RawData, start: Any, seconds: Any) -
 def together(args: Args, kd_args: kd.Args, raw: RawData, n: int) -> float:
     """Steps a second of `n` runs at once on the device, all together, until the slowest is done."""
     spawn = multiprocessing.get_context("spawn")
-    start, seconds = spawn.Barrier(n), spawn.Queue()
+    start, seconds = spawn.Barrier(n, timeout=120), spawn.Queue()  # if one process dies, the others give up
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // n))}):
         processes = [spawn.Process(target=work, args=(args, kd_args, raw, start, seconds)) for _ in range(n)]
         for process in processes:
@@ -392,8 +392,9 @@ class Killed(BaseException):
 def runs_differ(kd_args: kd.Args, raw: RawData) -> dict[str, float]:
     """Largest difference between the weights of a short run of methods/kd.py and those of runs that must end alike.
 
-    The run has 21 steps, each third of them with 16 images, and its learning rate falls before the last epoch. "resumed" is
-    killed an epoch before that; "graphed", on CUDA only, replays a graph. A last one, whose rate never falls, must end elsewhere.
+    The run has 21 steps, each third of them with 16 images (other batches being larger), and its learning rate falls before the
+    last epoch. "resumed" is killed an epoch before that; "graphed", on CUDA only, replays a graph. A last one, whose rate never
+    falls, must end elsewhere.
     """
     n = 2 * kd_args.batch_size + 16
     few = raw._replace(train=tuple(part[:n] for part in raw.train), test=tuple(part[:64] for part in raw.test))
@@ -409,8 +410,7 @@ def runs_differ(kd_args: kd.Args, raw: RawData) -> dict[str, float]:
         torch.save(networks(kd_args, raw.classes)[0].state_dict(), weights)
 
         def train(name: str, graph: bool = False, kill: bool = False, milestone: int = 6) -> dict[str, Tensor]:
-            # 0.0625: a power of two falls to the same float32 whether the rate is a number or a float32 tensor
-            place = dict(teacher_weights=weights, runs=Path(folder) / name, dataset="few", epochs=7, lr=0.0625)
+            place = dict(teacher_weights=weights, runs=Path(folder) / name, dataset="few", epochs=7)
             run = dataclasses.replace(kd_args, **place, milestones=(milestone,))
             die = mock.patch.multiple(common, SAVE_EVERY=0, write_checkpoint=write_and_die)
             with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(common, "GRAPH", graph):
@@ -479,20 +479,34 @@ def main(args: Args) -> None:
         fail(f"--dataset {args.dataset} is unknown: take one of {', '.join(DATASETS)}", 2)
     if min(args.rounds, args.steps, args.batch_size, args.workers) < 1:
         fail("--rounds, --steps, --batch-size and --workers must be at least 1", 2)
+    if args.device != "cpu" and args.steps < 4:
+        fail("--steps must be at least 4 on CUDA: a graph is captured after three", 2)
     raw = DATASETS[args.dataset](args.data)
     kd_args = kd.Args(teacher, student, device=args.device, batch_size=args.batch_size, lr=0.05)
+    common.resolve(kd_args)
+    common.check(kd_args)
+    if args.json and not args.json.parent.is_dir():
+        fail(f"--json {args.json}: there is no folder {args.json.parent}", 2)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as common.Run does
+    set_up(args.device, ours=True)
     machine = hardware(args.device) | dict(cores=os.cpu_count())
     print(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
     print(f"{args.pair}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps, {args.workers} workers")
     print(f"{'':34}ms a step   times ours: median (min to max)", flush=True)
     facts = {flag: value for flag, value in dataclasses.asdict(args).items() if flag not in ("data", "json")}
-    facts |= machine | dict(commit=git("rev-parse", "HEAD"), loops=print_race(race(args, loops(args, kd_args, raw)), args.steps))
-    facts |= dict(floors=print_floors(floors(kd_args, raw.classes)), at_once=print_together(args, kd_args, raw))
-    facts |= dict(checks=checks(kd_args, raw))
-    facts |= dict(right=all(value <= LIMITS.get(name, 0) for name, value in facts["checks"].items()))  # not so if one is NaN
-    if args.json:
-        write(args.json, json.dumps(facts, indent=1) + "\n")
+    facts |= machine | dict(commit=git("rev-parse", "HEAD"))
+    parts = {
+        "loops": lambda: print_race(race(args, loops(args, kd_args, raw)), args.steps),
+        "floors": lambda: print_floors(floors(kd_args, raw.classes)),
+        "at_once": lambda: print_together(args, kd_args, raw),
+        "checks": lambda: checks(kd_args, raw),
+    }
+    for part, measure in parts.items():
+        facts[part] = measure()
+        if part == "checks":
+            facts["right"] = all(value <= LIMITS.get(name, 0) for name, value in facts["checks"].items())  # not so if one is NaN
+        if args.json:  # after each part: what comes later cannot lose it
+            write(args.json, json.dumps(facts, indent=1) + "\n")
     if not facts["right"]:
         fail("the fast loop does not compute what it should: the last rows must be 0, the float64 one below 1e-9")
 

@@ -28,7 +28,7 @@ from typing import Any
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ROOT, check, clock, fail, in_use, resolve, run_folder
+from common import NETWORKS, ROOT, check, clock, fail, in_use, resolve, run_folder
 
 Flags = dict[str, list[str]]  # a command's flags with the words that follow them
 
@@ -61,7 +61,10 @@ class Job:
     def result(self) -> dict[str, Any] | None:
         """What the finished run has recorded; None if it is not finished."""
         file = self.folder / "result.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        try:
+            return json.loads(file.read_text()) if file.exists() else None
+        except ValueError:
+            fail(f"{file} is damaged: delete the folder to start this run again")
 
     def start(self, environment: dict[str, str]) -> subprocess.Popen:
         """Begin the run or go on with it; what it prints is added to output.txt in its folder."""
@@ -79,7 +82,8 @@ def split(words: list[str]) -> Flags:
     flags: Flags = {}
     for word in words:
         if word.startswith("--"):
-            flags[word] = []
+            flag, equals, value = word.partition("=")
+            flags[flag.replace("_", "-")] = [value] if equals else []
         elif flags:
             flags[list(flags)[-1]].append(word)
         else:
@@ -170,8 +174,8 @@ def sweep(stages: list[list[Job]], at_once: int) -> list[Job]:
 
 
 def main(args: Args, shared: Flags) -> None:
-    if wrong := [pair for pair in args.pairs if pair.count("/") != 1]:
-        fail(f"--pairs {wrong[0]} is not TEACHER/STUDENT", 2)
+    if wrong := [pair for pair in args.pairs if pair.count("/") != 1 or not {*pair.split("/")} <= NETWORKS.keys()]:
+        fail(f"--pairs {wrong[0]} is not TEACHER/STUDENT: take two of {', '.join(NETWORKS)}", 2)
     if args.jobs < 1:
         fail(f"--jobs {args.jobs} must be at least 1", 2)
     stages = plan(args, shared)

@@ -18,10 +18,9 @@ Differences
 - from the authors' code (Seonghak35/R2KD, commit ece240e, mdistiller/distillers/R2KD.py): the pruned teacher is in eval mode;
   theirs stays in train mode, so its statistics drift. cutmixpick keeps, as its inventors do (MingSun-Tse/Good-DA-in-KD, commit
   75443f9), the 64 of two batches of CutMix images that have the highest entropy; theirs scores the images before mixing them,
-  in one batch, as -p log p, NaN where p is 0, and keeps all. No x' and no pruning are choices here. The last epoch counts, not
-  the best on the test set. The weights are its defaults, as it has no configuration for CIFAR-100.
-- kept although odd: hard ranks carry no gradient, so L_rank is a constant; |C| is C, as probabilities are positive; mixing
-  factor, square or policy are drawn once for the batch.
+  in one batch, as -p log p, NaN where p is 0, and keeps all. No x' and no pruning are choices here. The weights are its defaults,
+  as it has no configuration for CIFAR-100. The last epoch counts, not the best on the test set.
+- kept although odd: hard ranks carry no gradient, so L_rank is a constant; |C| is C; a draw of x' serves the whole batch.
 
     python methods/r2kd.py --teacher resnet56 --student resnet20
 """
@@ -165,7 +164,7 @@ def views(batches: Iterable, train: Images, kind: str, teacher: nn.Module) -> It
             return pick(pool, teacher(pool)[0], keep=64)  # scores of the mixed images
         shape = 0.2 if kind == "mixup" else 1.0
         lam, centre = Beta(shape, shape).sample().item(), torch.randint(x.shape[2], (2,)).tolist()
-        return mix(kind, x, torch.randperm(len(x)).to(x.device), lam, centre)
+        return mix(kind, x, torch.randperm(len(x)).to(x.device, non_blocking=True), lam, centre)
 
     for x, y, index in batches:
         seed = torch.randint(2**62, (), generator=train.generator).item()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +125,41 @@ def test_networks_that_teach_each_other_have_no_teacher_row(records):
     record(records, "ie_dml__resnet20__resnet20__cifar100__seed1", 70.25, None, epochs=160, peer="resnet20")
     text = written(records)
     table = text.split("### resnet20 as a peer to resnet20")[1].split("###")[0]
-    assert "| `ie_dml` | 160 | 70.25 (1) † |" in table and "| teacher" not in table
+    assert "| `ie_dml` (our definition) | 160 | 70.25 (1) † |" in table and "| teacher" not in table
+
+
+def test_runs_of_ie_kds_recipe_are_full_and_compared(records):
+    recipe = dict(epochs=160, batch_size=128, lr=0.1, milestones=[80, 120])
+    flags = "epochs=160__batch-size=128__lr=0.1__milestones=80,120__seed1"
+    record(records, f"kd__resnet56__resnet20__cifar100__{flags}", 70.0, **recipe)
+    record(records, "ie_kd__resnet56__resnet20__cifar100__seed1", 71.0, **recipe)
+    text = written(records)
+    full = text[: text.index("## NOT")]
+    (ie_kd,) = rows(full, "ie_kd")
+    assert dict(zip(rows(full, "run")[-1], ie_kd))["against KD 0.1/0.9"] == "+1.00 (1) †"
+
+
+def test_only_the_usual_length_stands_beside_published_numbers(records):
+    longer = dict(epochs=480, milestones=[300, 360, 420])
+    record(records, "kd__resnet56__resnet20__cifar100__epochs=480__seed1", 72.75, **longer)
+    kd = {row[1]: row for row in rows(written(records), "kd")}
+    assert (kd["240"][2], kd["480"][2]) == ("70.66 last [1]", "")
+
+
+def test_a_teachers_epochs_are_found_in_its_own_record(records):
+    record(records, "vanilla__resnet56__cifar100__epochs=20__seed1", 50.0, None, epochs=20)
+    source = "runs/vanilla__resnet56__cifar100__epochs=20__seed1/student.pt"
+    teacher = TEACHER | dict(epochs=None, source=source, sha256="c" * 64)
+    record(records, "kd__resnet56__resnet20__cifar100__teacher-weights=cccccccc__seed1", 60.0, teacher)
+    text = written(records)
+    assert text.index("SHA-256 cccccccccccc, trained for 20 epochs") > text.index("## NOT")
+
+
+def test_two_records_of_one_run_are_refused(records, capsys):
+    record(records, "kd__resnet56__resnet20__cifar100__teacher-weights=aaaaaaaa__seed1", 72.5, teacher_weights="x.pt")
+    with pytest.raises(SystemExit):
+        written(records)
+    assert "same run" in capsys.readouterr().err
 
 
 def test_records_are_copied_without_weights_and_never_replaced(records, tmp_path, capsys):
@@ -132,10 +167,12 @@ def test_records_are_copied_without_weights_and_never_replaced(records, tmp_path
     name = "kd__resnet56__resnet20__cifar100__seed1"
     (records / name / "student.pt").write_bytes(b"weights")
     (records / "unfinished").mkdir()
+    record(records, "vanilla__resnet20__synthetic__seed1", 99.0, None)
     args = report.Args(runs=records, records=own, out=tmp_path / "own.md")
     report.main(args)
     assert {path.name for path in (own / name).iterdir()} == {"result.json", "log.jsonl"}
-    assert not (own / "unfinished").exists()
+    assert not (own / "unfinished").exists() and not list(own.glob("*synthetic*"))
+    shutil.rmtree(records / "vanilla__resnet20__synthetic__seed1")
     assert args.out.read_text() == written(records)
     changed = (records / name / "result.json").read_text().replace("71.0", "99.0")
     (records / name / "result.json").write_text(changed)
@@ -150,6 +187,13 @@ def test_a_damaged_record_is_one_line(records, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: the record") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["runs", "records", "out"])
+def test_a_folder_that_is_not_there(records, tmp_path, flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        report.main(report.Args(**dict(records=records, out=tmp_path / "r.md") | {flag: tmp_path / "no" / "r.md"}))
+    assert end.value.code == 2 and f"--{flag}" in capsys.readouterr().err
 
 
 def test_figures_or_one_line_that_says_what_is_missing(records, tmp_path, capsys):
