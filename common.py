@@ -670,14 +670,17 @@ def find_teacher(args: Any) -> tuple[Path, str, int | None]:
     # Of the flags given here, those that vanilla.py would not take by itself
     vanilla = SimpleNamespace(student=args.teacher, lr=None, milestones=None, epochs=args.epochs)
     resolve(vanilla)
-    usual = {"epochs": 240, "batch_size": 64, "milestones": vanilla.milestones}
-    flags = {flag: value for flag, value in unlike_defaults(args).items() if flag in usual and value != usual[flag]}
-    best, folder = (Path(args.runs) / run_name("vanilla", [args.teacher, args.dataset], some, 1) for some in ({}, flags))
-    if (best / "result.json").exists():
-        folder = best
-    else:
-        train_teacher(args, flags, folder)
-    return folder / "student.pt", str(folder), epochs(folder / "result.json")
+    defaults = {"epochs": 240, "batch_size": 64, "milestones": vanilla.milestones}
+    flags = {flag: value for flag, value in unlike_defaults(args).items() if flag in defaults and value != defaults[flag]}
+
+    def place(flags: dict[str, Any]) -> Path:
+        return Path(args.runs) / run_name("vanilla", [args.teacher, args.dataset], flags, 1)
+
+    if (place({}) / "result.json").exists() or in_use(place({})):  # the full teacher, or it is being trained
+        flags = {}
+    if not (place(flags) / "result.json").exists():
+        train_teacher(args, flags, place(flags))
+    return place(flags) / "student.pt", str(place(flags)), epochs(place(flags) / "result.json")
 
 
 def train_teacher(args: Any, flags: dict[str, Any], folder: Path) -> None:
@@ -771,13 +774,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
 
 
-def resolve(args: Any) -> None:
-    """Fill in the flags whose default depends on others: learning rate and milestones."""
+def resolve(args: Any, epochs: int | None = None) -> None:
+    """Fill in the flags whose default depends on others: the learning rate, and the milestones of `epochs` or args.epochs."""
     if args.lr is None:
         args.lr = 0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05
     if args.milestones is None:
         drops = getattr(args, "drops", (5 / 8, 6 / 8, 7 / 8))
-        args.milestones = tuple(sorted({int(args.epochs * drop) for drop in drops} - {0}))
+        args.milestones = tuple(sorted({int((epochs or args.epochs) * drop) for drop in drops} - {0}))
 
 
 def check(args: Any) -> None:
@@ -813,9 +816,7 @@ def check(args: Any) -> None:
 def unlike_defaults(args: Any) -> dict[str, Any]:
     """The settings that differ from what the script does without flags, besides those that a run's name always shows."""
     default = type(args)(student=args.student)
-    epochs, default.epochs = default.epochs, args.epochs  # the default milestones depend on them
-    resolve(default)
-    default.epochs = epochs
+    resolve(default, args.epochs)  # milestones that follow from the number of epochs are no setting of their own
     apart = ("teacher", "peer", "student", "dataset", "seed", "data", "runs", "device")
     return {flag: value for flag, value in vars(args).items() if flag not in apart and value != getattr(default, flag)}
 

@@ -137,18 +137,19 @@ def hold(folder):
     return descriptor
 
 
-def test_waits_while_another_process_trains_it(script, root):
-    held = hold(GIVEN)
+@pytest.mark.parametrize("folder", [GIVEN, USUAL])
+def test_waits_while_another_process_trains_it_or_the_full_one(folder, script, root):
+    held = hold(folder)
 
     def finish():
-        finished(GIVEN, 3, 1)
+        finished(folder, 3, 1)
         os.close(held)
 
     timer = threading.Timer(1, finish)
     timer.start()
     record = taken(script)
     timer.join()
-    assert record["sha256"] == hashlib.sha256((GIVEN / "student.pt").read_bytes()).hexdigest()
+    assert record["sha256"] == hashlib.sha256((folder / "student.pt").read_bytes()).hexdigest()
     assert not Path("flags").exists()
 
 
