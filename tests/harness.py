@@ -23,11 +23,11 @@ LOSSES = {case["name"]: case for case in json.loads((GOLDEN / "losses.json").rea
 LOSS_ARRAYS = np.load(GOLDEN / "losses.npz")
 
 
-def load(method: str) -> ModuleType:
-    """methods/<method>.py as a fresh module."""
-    spec = importlib.util.spec_from_file_location(method, ROOT / "methods" / f"{method}.py")
+def load(name: str, folder: str = "methods") -> ModuleType:
+    """<folder>/<name>.py as a fresh module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[method] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 

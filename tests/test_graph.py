@@ -194,11 +194,10 @@ def test_off_by_default_and_on_the_cpu(monkeypatch, captures):
     assert not captures
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-def test_views_are_the_same_floats_on_a_gpu():
+@pytest.mark.parametrize("gpu", [pytest.param("cuda", marks=GPU)])
+def test_views_are_the_same_floats_on_a_gpu(gpu):
     views = []
-    for device in "cpu", "cuda":
+    for device in "cpu", gpu:
         train, _ = small_data(SimpleNamespace(seed=1, batch_size=16, device=device, epochs=1))
         views.append(torch.cat([x.cpu() for x, _, _ in train.epoch(1)]))
     assert torch.equal(*views)

@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import ROOT, load
 
-ROOT = Path(__file__).resolve().parents[1]
-SPEC = importlib.util.spec_from_file_location("report", ROOT / "benchmark" / "report.py")
-report = sys.modules["report"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(report)
+report = load("report", "benchmark")
 RECIPE = dict(epochs=240, batch_size=64, lr=0.05, milestones=[150, 180, 210], weight_decay=5e-4)
 TEACHER = dict(name="resnet56", accuracy=72.5, sha256="a" * 64, source="teachers/cifar100/resnet56.pt", epochs=240)
 

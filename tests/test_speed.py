@@ -1,18 +1,14 @@
 """benchmark/speed.py: its table and its JSON agree, it races the real step, and a wrong loop fails it. No time is asserted."""
 
 import ast
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from harness import ROOT, load
 
-ROOT = Path(__file__).resolve().parents[1]
-SPEC = importlib.util.spec_from_file_location("speed", ROOT / "benchmark" / "speed.py")
-speed = sys.modules["speed"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(speed)
+speed = load("speed", "benchmark")
 
 
 def args(tmp_path: Path, **more) -> "speed.Args":

@@ -1,6 +1,5 @@
 """benchmark/sweep.py on the synthetic data: what it lists, what it survives, what it says about failures."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -9,11 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from harness import ROOT, load
 
-ROOT = Path(__file__).resolve().parents[1]
-SPEC = importlib.util.spec_from_file_location("sweep", ROOT / "benchmark" / "sweep.py")
-sweep = sys.modules["sweep"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(sweep)
+sweep = load("sweep", "benchmark")
 
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 SHARED = ["--dataset", "synthetic", "--device", "cpu", "--epochs", "2", "--batch-size", "500"]
