@@ -260,32 +260,41 @@ def document(records: list[Record], published: list[dict[str, Any]]) -> str:
 
 
 def draw(found: list[Cell], folder: Path) -> None:
-    """curves.png, test accuracy by epoch, and gains.png, gain over the student trained alone; a panel for each pair."""
+    """curves.png, test accuracy by epoch, and gains.png, gain over the student trained alone.
+
+    A panel for each pair and number of epochs, from three epochs on; a gain's bar ends at the mean, its line is the deviation.
+    """
     try:
         import matplotlib.pyplot as plt
     except ImportError:
         print("no figures: matplotlib is missing (pip install matplotlib)", file=sys.stderr)
         return
-    groups = pairs(found)
-    if not groups:
-        return
-    sheet = dict(nrows=len(groups), figsize=(9, 5 * len(groups)), squeeze=False, layout="constrained")
-    (curves, curve_panels), (gains, gain_panels) = plt.subplots(**sheet), plt.subplots(**sheet)
-    for ((dataset, name, student, _), group), (curve_panel,), (gain_panel,) in zip(groups.items(), curve_panels, gain_panels):
-        alone = {first(cell)["epochs"]: cell for cell in group if first(cell)["label"] == "vanilla"}
+    panels: dict[str, list[Cell]] = defaultdict(list)
+    for (dataset, name, student, _), group in pairs(found).items():
         for cell in group:
+            if (epochs := first(cell)["epochs"]) >= 3:
+                short = "" if is_full(first(cell)) else ": NOT the benchmark"
+                panels[f"{name} to {student}, {dataset}, {epochs} epochs{short}"].append(cell)
+    if not panels:
+        return
+    sheet = dict(nrows=len(panels), figsize=(10, 5 * len(panels)), squeeze=False, layout="constrained")
+    (curves, curve_axes), (gains, gain_axes) = plt.subplots(**sheet), plt.subplots(**sheet)
+    for (title, group), curve, gain in zip(panels.items(), curve_axes.flat, gain_axes.flat):
+        alone = next((cell for cell in group if first(cell)["label"] == "vanilla"), None)
+        for cell in group:
+            name = f"{first(cell)['label']} ({len(cell)})"
             logs = [[entry["test"] for entry in run["log"] if entry["phase"] == ""] for run in cell.values()]
-            curve_panel.plot(range(1, len(logs[0]) + 1), [mean(tests) for tests in zip(*logs)], label=first(cell)["label"])
-            if base := alone.get(first(cell)["epochs"]):
-                values = [run["last"] - mean(other["last"] for other in base.values()) for run in cell.values()]
-                gain_panel.barh(first(cell)["label"], mean(values), xerr=stdev(values) if len(values) > 1 else None)
-        curve_panel.set(title=f"{name} to {student}, {dataset}", xlabel="epoch", ylabel="test accuracy, mean of the seeds, %")
-        curve_panel.legend()
-        gain_panel.set(title=f"{name} to {student}, {dataset}", xlabel="gain over the student alone, last epoch, points")
-        gain_panel.invert_yaxis()
+            curve.plot(range(1, len(logs[0]) + 1), [mean(tests) for tests in zip(*logs)], label=name)
+            if alone and cell is not alone:
+                values = [run["last"] - mean(other["last"] for other in alone.values()) for run in cell.values()]
+                gain.barh(name, mean(values), xerr=stdev(values) if len(values) > 1 else None, color="tab:blue")
+        curve.set(title=title, xlabel="epoch", ylabel="test accuracy, mean of the (n) seeds, %")
+        curve.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+        gain.set(title=title, xlabel="gain over the student alone after the last epoch, mean of the (n) seeds, points")
+        gain.invert_yaxis()
     folder.mkdir(parents=True, exist_ok=True)
-    curves.savefig(folder / "curves.png", dpi=120)
-    gains.savefig(folder / "gains.png", dpi=120)
+    curves.savefig(folder / "curves.png", dpi=100)
+    gains.savefig(folder / "gains.png", dpi=100)
 
 
 def main(args: Args) -> None:
