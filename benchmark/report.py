@@ -289,6 +289,7 @@ def draw(found: list[Cell], folder: Path) -> None:
                 values = [run["last"] - mean(other["last"] for other in alone.values()) for run in cell.values()]
                 gain.barh(name, mean(values), xerr=stdev(values) if len(values) > 1 else None, color="tab:blue")
         curve.set(title=title, xlabel="epoch", ylabel="test accuracy, mean of the (n) seeds, %")
+        curve.xaxis.get_major_locator().set_params(integer=True)
         curve.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
         gain.set(title=title, xlabel="gain over the student alone after the last epoch, mean of the (n) seeds, points")
         gain.invert_yaxis()
