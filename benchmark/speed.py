@@ -7,9 +7,9 @@
 
 A round is one epoch of --steps full batches for each loop. A ratio is taken within a round, so that what slows the machine
 down for a while slows both; printed are the median over the rounds and the smallest and largest. --variants adds our loop
-with one thing changed, to see what it buys. Below stand floors, which no loop gets under: a step's arithmetic at the rate of
-a large matrix product, and on CUDA a graph of as many kernels that do next to nothing. --at-once times several runs as
-processes that share the device. Checks that the fast loop is still the right one end the program with exit code 1 if they
+with one thing changed, to see what it buys. Below stand yardsticks: a step's arithmetic at the rate of a large matrix
+product, and on CUDA a graph of as many kernels that do next to nothing. --at-once times several runs as processes that share
+the device. Checks that the fast loop is still the right one end the program with exit code 1 if they
 fail.
 
     python benchmark/speed.py --pair resnet56/resnet20 --json speed.json
@@ -280,8 +280,8 @@ def best_seconds(act: Callable[[], object], cuda: bool, times: int = 10) -> floa
     return min(seconds[1:])
 
 
-def floors(kd_args: kd.Args, classes: int) -> dict[str, float]:
-    """What bounds a step on this device: its arithmetic, the rates of a large matrix product and copy, a graph's own cost."""
+def yardsticks(kd_args: kd.Args, classes: int) -> dict[str, float]:
+    """What to measure a step by on this device: its arithmetic, the rates of a large matrix product and copy, a graph's own cost."""
     device, cuda = kd_args.device, torch.device(kd_args.device).type == "cuda"
     teacher, student = networks(kd_args, classes)
     optimizer = SGD(student.parameters(), kd_args.lr, momentum=0.9, fused=True)
@@ -452,11 +452,11 @@ def print_race(seconds: dict[str, list[float]], steps: int) -> dict[str, dict[st
     return rows
 
 
-def print_floors(bounds: dict[str, float]) -> dict[str, float]:
-    print(f"{'floor: the arithmetic':34}{bounds['arithmetic_ms']:9.2f}   {bounds['gflop']:.1f} GFLOP", end="")
+def print_yardsticks(bounds: dict[str, float]) -> dict[str, float]:
+    print(f"{'yardstick: the arithmetic':34}{bounds['arithmetic_ms']:9.2f}   {bounds['gflop']:.1f} GFLOP", end="")
     print(f" at the {bounds['product_gflop_s']:,.0f} GFLOP/s of a large matrix product")
     if "kernels" in bounds:
-        print(f"{'floor: a graph of trivial kernels':34}{bounds['trivial_graph_ms']:9.2f}   {bounds['kernels']} kernels")
+        print(f"{'yardstick: trivial kernels':34}{bounds['trivial_graph_ms']:9.2f}   {bounds['kernels']} kernels")
     print(f"a large copy: {bounds['copy_gb_s']:,.0f} GB/s, of what is read and what is written", flush=True)
     return bounds
 
@@ -497,7 +497,7 @@ def main(args: Args) -> None:
     facts |= machine | dict(commit=git("rev-parse", "HEAD"))
     parts = {
         "loops": lambda: print_race(race(args, loops(args, kd_args, raw)), args.steps),
-        "floors": lambda: print_floors(floors(kd_args, raw.classes)),
+        "yardsticks": lambda: print_yardsticks(yardsticks(kd_args, raw.classes)),
         "at_once": lambda: print_together(args, kd_args, raw),
         "checks": lambda: checks(kd_args, raw),
     }

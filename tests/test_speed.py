@@ -28,7 +28,7 @@ def test_the_table_and_its_json(tmp_path, capsys):
         (seconds,) = row["seconds"]
         assert row["ratio"] == row["min"] == row["max"] == seconds / facts["loops"]["ours"]["seconds"][0]
         assert f"{name:34}{1000 * seconds / 2:9.2f}   {row['ratio']:.2f} (" in printed
-    bounds = facts["floors"]
+    bounds = facts["yardsticks"]
     assert bounds["arithmetic_ms"] == pytest.approx(1000 * bounds["gflop"] / bounds["product_gflop_s"])
 
 
@@ -91,7 +91,7 @@ def test_the_arithmetic_is_that_of_the_networks():
     kd_args = speed.kd.Args("resnet8", "resnet8", device="cpu", batch_size=2, lr=0.05)
     places, weights = (32 * 32, 16 * 16, 8 * 8), (4608, 512 + 4608 + 9216, 2048 + 18432 + 36864)
     stem, rest = 432 * 32 * 32, sum(map(int.__mul__, places, weights)) + 64 * 100
-    assert speed.floors(kd_args, 100)["gflop"] == pytest.approx(2 * 2 * (4 * rest + 3 * stem) / 1e9)
+    assert speed.yardsticks(kd_args, 100)["gflop"] == pytest.approx(2 * 2 * (4 * rest + 3 * stem) / 1e9)
 
 
 @pytest.mark.parametrize("wrong", [{"pair": "resnet56"}, {"pair": "resnet56/no"}, {"dataset": "no"}, {"rounds": 0}])
