@@ -539,7 +539,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def build(name: str, classes: int, device: str | torch.device = "cpu") -> nn.Module:
-    """A fresh network of NETWORKS on `device`, channels_last (a seventh faster on a CPU, see README). `net(x)` gives (logits, Features)."""
+    """A fresh network of NETWORKS on `device`, channels_last: faster on a CPU (README). `net(x)` gives (logits, Features)."""
     if name not in NETWORKS:
         fail(f"unknown network {name}: take one of {', '.join(NETWORKS)}", 2)
     return NETWORKS[name](classes).to(device, memory_format=torch.channels_last)

@@ -281,7 +281,7 @@ def best_seconds(act: Callable[[], object], cuda: bool, times: int = 10) -> floa
 
 
 def yardsticks(kd_args: kd.Args, classes: int) -> dict[str, float]:
-    """What to measure a step by on this device: its arithmetic, the rates of a large matrix product and copy, a graph's own cost."""
+    """What to hold a step against: its arithmetic, the device's rates of a large matrix product and copy, a graph's own cost."""
     device, cuda = kd_args.device, torch.device(kd_args.device).type == "cuda"
     teacher, student = networks(kd_args, classes)
     optimizer = SGD(student.parameters(), kd_args.lr, momentum=0.9, fused=True)
