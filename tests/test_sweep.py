@@ -34,7 +34,7 @@ def name(method: str, seed: int) -> str:
 
 
 def wait_for(path: Path) -> None:
-    for _ in range(200):
+    for _ in range(3000):
         if path.exists():
             return
         time.sleep(0.1)
