@@ -114,7 +114,7 @@ def test_what_follows_the_bar_goes_where_it_fits(tmp_path, monkeypatch):
     [
         (dict(methods=("kdd",)), {}, "no methods/kdd.py"),
         (dict(pairs=("resnet8",)), {}, "--pairs resnet8 is not TEACHER/STUDENT"),
-        (dict(pairs=("resnet8/resnet9",)), {}, "--student resnet9 is unknown"),
+        (dict(pairs=("resnet8/resnet9",)), {}, "--pairs resnet8/resnet9 is not TEACHER/STUDENT"),
         (dict(jobs=0), {}, "--jobs 0 must be at least 1"),
         ({}, {"--epochz": ["3"]}, "none of these methods has --epochz"),
         (dict(methods=("kd --kd-wight 3",)), {}, "--kd-wight"),
