@@ -1010,7 +1010,8 @@ class Run:
         extra = sum(self.parameters.values()) - count(student)
         result["parameters"] = dict(student=count(student), extra=extra, at_test=count(student))
         result |= dict(epochs=len(rows), seconds=round(sum(row["seconds"] for row in self.rows), 1))
-        result |= hardware(self.args.device) | dict(cuda_graph=GRAPH, commit=self.commit, dirty=self.dirty)
+        graph = GRAPH and self.args.device != "cpu"
+        result |= hardware(self.args.device) | dict(cuda_graph=graph, commit=self.commit, dirty=self.dirty)
         write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         self.show(result)
         return result["last"]

@@ -9,6 +9,7 @@ set -u
 failed=0
 sweep() {
     python "$(dirname "$0")/sweep.py" "$@" || failed=$?
+    [ "$failed" -le 1 ] || exit "$failed"  # Ctrl-C or bad flags end it all, a failed run does not
 }
 
 kd=('kd' 'kd --ce-weight 1 --kd-weight 1')
