@@ -27,7 +27,7 @@ from common import fail
 PUBLISHED = ROOT / "benchmark" / "published.json"  # numbers by pair and, as `method`, the label of our run that repeats them
 TEMPLATE = ROOT / "benchmark" / "results.template.md"
 APART = ("seed", "device", "data", "runs", "teacher_weights")  # flags that do not split a cell; its teacher is told by SHA-256
-RECIPE = ("epochs", "batch_size", "lr", "milestones", "weight_decay")  # a run is compared with KD where these are the same
+RECIPE = ("epochs", "batch_size", "lr", "milestones", "weight_decay")  # only where these are the same are runs compared
 KD = {"KD 0.1/0.9": (0.1, 0.9, 4), "KD 1/1": (1, 1, 4)}  # our own KD rows: weight of labels, weight of teacher, temperature
 OURS = {"dual_aug": " (a reconstruction)", "ie_at": " (our definition)", "ie_dml": " (our definition)"}  # said in every row
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last also for more, for which it is slightly too wide
@@ -162,13 +162,12 @@ def difference(cell: Cell, other: Cell) -> str:
     return f"{mean(values):+.2f}{interval}{mark(n)}" if values else ""
 
 
-def kd_cell(group: list[Cell], some: Record, weights: tuple[float, ...]) -> Cell:
-    """The KD cell of `group` with these weights and the recipe of `some`; empty if there is none."""
-    recipe = [some["args"].get(flag) for flag in RECIPE]
+def control(group: list[Cell], some: Record, weights: tuple[float, ...] | None = None) -> Cell:
+    """The cell of `group` with the recipe of `some` that is KD with these weights, or else vanilla; empty if there is none."""
     for cell in group:
-        args = first(cell)["args"]
-        same = first(cell)["method"] == "kd" and [args[flag] for flag in RECIPE] == recipe
-        if same and (args["ce_weight"], args["kd_weight"], args["kd_temperature"]) == weights:
+        method, args = first(cell)["method"], first(cell)["args"]
+        same = method == ("kd" if weights else "vanilla") and all(args[flag] == some["args"][flag] for flag in RECIPE)
+        if same and (not weights or (args["ce_weight"], args["kd_weight"], args["kd_temperature"]) == weights):
             return cell
     return {}
 
@@ -188,7 +187,7 @@ def device(run: Record) -> str:
 def row(cell: Cell, group: list[Cell], published: str = "") -> dict[str, str]:
     """A cell as the row of a table, compared with the KD cells of `group`."""
     runs, some = list(cell.values()), first(cell)
-    against = {f"against {name}": kd_cell(group, some, weights) for name, weights in KD.items()}
+    against = {f"against {name}": control(group, some, weights) for name, weights in KD.items()}
     return {
         "run": f"`{some['label']}`" + OURS.get(some["method"], ""),
         "epochs": str(some["epochs"]),
@@ -262,7 +261,8 @@ def document(records: list[Record], published: list[dict[str, Any]]) -> str:
 def draw(found: list[Cell], folder: Path) -> None:
     """curves.png, test accuracy by epoch, and gains.png, gain over the student trained alone.
 
-    A panel for each pair and number of epochs, from three epochs on; a gain's bar ends at the mean, its line is the deviation.
+    A panel for each pair and number of epochs, from three epochs on, the best run first. A gain is shown where the student
+    was trained alone by the same recipe; its bar ends at the mean, its line is the deviation.
     """
     try:
         import matplotlib.pyplot as plt
@@ -280,11 +280,12 @@ def draw(found: list[Cell], folder: Path) -> None:
     sheet = dict(nrows=len(panels), figsize=(10, 5 * len(panels)), squeeze=False, layout="constrained")
     (curves, curve_axes), (gains, gain_axes) = plt.subplots(**sheet), plt.subplots(**sheet)
     for (title, group), curve, gain in zip(panels.items(), curve_axes.flat, gain_axes.flat):
-        alone = next((cell for cell in group if first(cell)["label"] == "vanilla"), None)
-        for cell in group:
+        for place, cell in enumerate(sorted(group, key=lambda cell: -mean(run["last"] for run in cell.values()))):
             name = f"{first(cell)['label']} ({len(cell)})"
             logs = [[entry["test"] for entry in run["log"] if entry["phase"] == ""] for run in cell.values()]
-            curve.plot(range(1, len(logs[0]) + 1), [mean(tests) for tests in zip(*logs)], label=name)
+            style = ("-", "--", ":")[place // 10 % 3]  # there are ten colours
+            curve.plot(range(1, len(logs[0]) + 1), [mean(tests) for tests in zip(*logs)], style, label=name)
+            alone = control(group, first(cell))
             if alone and cell is not alone:
                 values = [run["last"] - mean(other["last"] for other in alone.values()) for run in cell.values()]
                 gain.barh(name, mean(values), xerr=stdev(values) if len(values) > 1 else None, color="tab:blue")
