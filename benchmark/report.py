@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import tyro
@@ -196,7 +196,7 @@ def row(cell: Cell, group: list[Cell], published: str = "") -> dict[str, str]:
         "best": spread([run["best"] for run in runs]),
         **{name: "" if other is cell else difference(cell, other) for name, other in against.items()},
         "extra parameters": f"{some['parameters']['extra']:,}",
-        "minutes": f"{mean(run['seconds'] for run in runs) / 60:.1f}",
+        "minutes": f"{median(run['seconds'] for run in runs) / 60:.1f}",
         "device": listed(map(device, runs)),
         "torch": listed(run["torch"] for run in runs),
         "commit": listed((run["commit"] or "unknown")[:7] + "+" * bool(run["dirty"]) for run in runs),
