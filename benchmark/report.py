@@ -292,7 +292,7 @@ def draw(found: list[Cell], folder: Path) -> None:
         curve.set(title=title, xlabel="epoch", ylabel="test accuracy, mean of the (n) seeds, %")
         curve.xaxis.get_major_locator().set_params(integer=True)
         curve.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-        gain.set(title=title, xlabel="gain over the student alone after the last epoch, mean of the (n) seeds, points")
+        gain.set(title=title, xlabel="gain over the student alone by the same recipe, last epoch, mean of the (n) seeds, points")
         gain.invert_yaxis()
     folder.mkdir(parents=True, exist_ok=True)
     curves.savefig(folder / "curves.png", dpi=100)
