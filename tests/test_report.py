@@ -139,6 +139,16 @@ def test_runs_of_ie_kds_recipe_are_full_and_compared(records):
     assert dict(zip(rows(full, "run")[-1], ie_kd))["against KD 0.1/0.9"] == "+1.00 (1) †"
 
 
+def test_a_student_alone_is_compared_with_by_its_own_recipe_only(records):
+    recipe = dict(batch_size=128, lr=0.1)
+    record(records, "vanilla__resnet20__cifar100__batch-size=128__lr=0.1__seed1", 60.0, teacher=None, **recipe)
+    found = report.cells(report.read(records))
+    usual, other, unknown = (dict(args=RECIPE | change) for change in ({}, recipe, dict(lr=0.3)))
+    assert [run["last"] for run in report.control(found, usual).values()] == [69.0, 69.5, 70.0]
+    assert [run["last"] for run in report.control(found, other).values()] == [60.0]
+    assert report.control(found, unknown) == {}
+
+
 def test_only_the_usual_length_stands_beside_published_numbers(records):
     longer = dict(epochs=480, milestones=[300, 360, 420])
     record(records, "kd__resnet56__resnet20__cifar100__epochs=480__seed1", 72.75, **longer)
