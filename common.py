@@ -1,12 +1,15 @@
-"""What must be the same for every method: pixels, networks, teachers, accuracy, and the folder a run lives in.
+"""Code shared by all methods: flags, runs, data, teachers, features, CUDA graphs, networks, in this order.
 
-A method file imports from here and from nothing else of the project; nothing here knows a method. In this order: data
-(`load_data`), networks (`build`, `shapes`), `accuracy`, `graphed`, teachers (`load_teacher`), runs (`Run`).
+A method's file imports from here and from nothing else of the project. Nothing here depends on a distillation method; the one
+script known by name is methods/vanilla.py, which trains a teacher where there is none. To copy a method away, take this file
+too; networks that you do not need can be cut from its end.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -14,45 +17,60 @@ import os
 import pickle
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Annotated, Any, NamedTuple, NoReturn, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision import datasets, models, transforms
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing keeps two processes out of one run folder
+except ImportError:  # Windows: nothing keeps two processes out of one run folder
     fcntl = None
 
 ROOT = Path(__file__).resolve().parent
-SAVE_EVERY = 20.0  # seconds of training between two checkpoints, at least
-GRAPH = os.environ.get("CUDA_GRAPH") == "1"  # off by default: see `graphed`
+SAVE_EVERY = 20.0  # least seconds of training between two checkpoints
+GRAPH = os.environ.get("CUDA_GRAPH") == "1"  # see `cuda_graph`
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """End the program with one line on stderr; exit code 2 is for bad flags, 1 for everything else."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
-def one_line(error: Exception) -> str:
+def say(line: str, end: str = "\n") -> None:
+    """Print a line. If stdout is closed or full, say so once on stderr and go on without it."""
+    try:
+        print(line, end=end, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(f"note: stdout is gone ({error.strerror}); the run goes on, its log.jsonl has every epoch", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def clock(seconds: float) -> str:
-    """A duration as a person says it: 12.3 s, 5 min 12 s, 3 h 28 min."""
+def duration(seconds: float) -> str:
+    """Format a duration: 12.3 s, 5 min 12 s, 3 h 28 min."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     if seconds < 3599.5:
@@ -60,33 +78,462 @@ def clock(seconds: float) -> str:
     return "{} h {:02} min".format(*divmod(round(seconds / 60), 60))
 
 
-# Data
+# ---------------------------------------------------------------------------------------------------------------------- flags
+
+# A flag's type carries its rule, which returns True or what is wrong. `Run` applies the rules of all flags.
+Positive = Annotated[float, lambda v: v > 0 or "must be above 0"]
+NonNegative = Annotated[float, lambda v: v >= 0 or "must not be negative"]
+Share = Annotated[float, lambda v: 0 <= v <= 1 or "must be from 0 to 1"]
+PositiveInt = Annotated[int, lambda v: v >= 1 or "must be at least 1"]
+NetworkName = Annotated[str, lambda v: known_network(v) or f"is unknown: take torchvision.<name> or one of {', '.join(NETWORKS)}"]
+
+
+def usable_device(device: str) -> bool | str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        return "is unknown: cpu, cuda, cuda:1, ..."
+    here = device == "cpu" or int(device[5:] or 0) < torch.cuda.device_count()
+    return here or "is not here: PyTorch sees no such GPU; --device cpu works without one"
+
+
+@dataclass(kw_only=True)
+class RunArgs:
+    """Flags of every method. A method's file states its values for the first seven; the others cannot change a method."""
+
+    student: NetworkName
+    """student architecture: a name in common.NETWORKS, or torchvision.<name>"""
+    epochs: PositiveInt
+    """passes over the training images"""
+    batch_size: PositiveInt
+    """images per step; the incomplete last batch of an epoch is kept"""
+    lr: Positive | None
+    """initial learning rate; by default 0.05, or 0.01 for mobilenetv2 and the shufflenets"""
+    milestones: Annotated[tuple[int, ...], lambda v: list(v) == sorted({*v} - {0}) or "must be positive and ascending"]
+    """epochs after which the learning rate drops 10x; by default 5/8, 6/8 and 7/8 of all"""
+    momentum: Share
+    """SGD momentum"""
+    weight_decay: NonNegative
+    """applied to all parameters, including batch norm and auxiliary modules"""
+
+    dataset: Annotated[str, lambda v: v in DATASETS or v == "folder" or f"is unknown: folder, {', '.join(DATASETS)}"] = "cifar100"
+    """cifar100, cifar10, stl10, tinyimagenet, folder (ImageFolder layout), or synthetic (small, nothing to download)"""
+    data: Path = Path("data")
+    """directory of the data sets; for --dataset folder the one that holds train/ and val/"""
+    image_size: Annotated[int, lambda v: v >= 8 or "must be at least 8"] | None = None
+    """side of the images in pixels; by default the data set's own, 224 for folder"""
+    holdout: Annotated[int, lambda v: v >= 0 or "must not be negative"] = 0
+    """training images per class to test on in place of the test images: for choosing weights"""
+    workers: Annotated[int, lambda v: v >= 0 or "must not be negative"] = 4
+    """processes that decode the images of a folder"""
+    runs: Path = Path("runs")
+    """parent directory for runs"""
+    seed: Annotated[int, lambda v: 0 <= v < 2**63 or "must be from 0 to 2**63 - 1"] = 1
+    """seed for initialization, shuffling and augmentation"""
+    device: Annotated[str, usable_device] = "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda, cuda:1, ... or cpu"""
+
+
+@dataclass(kw_only=True)
+class DistillArgs(RunArgs):
+    """Flags of every method that has a trained teacher."""
+
+    teacher: NetworkName
+    """teacher architecture: a name in common.NETWORKS, or torchvision.<name>"""
+    teacher_weights: Path | None = None
+    """the teacher's checkpoint, or torchvision's weights by name (IMAGENET1K_V1); by default found, downloaded or trained"""
+
+
+PLACES = ("data", "runs", "workers", "teacher_weights")  # where things are: nothing about the run itself
+
+
+def check(args: RunArgs) -> None:
+    """Refuse a flag that breaks its rule, or is not finite, with one line and exit code 2."""
+    for kind in type(args).__mro__[:-1]:
+        for flag, hint in inspect.get_annotations(kind).items():
+            value = getattr(args, flag)
+            rules = [rule for part in (hint, *get_args(hint)) for rule in getattr(part, "__metadata__", ()) if callable(rule)]
+            wrong = [wrong for rule in rules if value is not None and (wrong := rule(value)) is not True]
+            if isinstance(value, float) and not math.isfinite(value):
+                wrong = ["must be a finite number"]
+            if wrong:
+                fail(f"--{flag.replace('_', '-')} {shown(value)} {wrong[0]}", 2)
+    weights = getattr(args, "teacher_weights", None)
+    if weights and not weights.is_file() and not args.teacher.startswith("torchvision."):
+        fail(f"--teacher-weights {weights} does not exist", 2)
+
+
+def changed_flags(args: RunArgs) -> dict[str, Any]:
+    """The flags that differ from their defaults, without those that a run's name always shows or never does."""
+    apart = ("teacher", "student", "dataset", "seed", "device", "data", "runs", "workers")
+    fields = [field for field in dataclasses.fields(args) if field.name not in apart]
+    return {field.name: getattr(args, field.name) for field in fields if getattr(args, field.name) != field.default}
+
+
+def shown(value: Any) -> str:
+    """A flag's value in a name or message: 1 for 1.0, a list with commas, a file by the start of its SHA-256."""
+    if isinstance(value, Path):
+        return sha256(value)[:8] if value.is_file() else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).removesuffix(".0")
+
+
+def run_name(method: str, what: list[str], flags: dict[str, Any], seed: int) -> str:
+    """<method>__<teacher>__<student>__<dataset>[__flag=value ...]__seed<n>; past 200 bytes, the flags are a hash."""
+    settings = [f"{flag.replace('_', '-')}={shown(value)}".replace("/", "_") for flag, value in flags.items()]
+    name = "__".join([method, *what, *settings, f"seed{seed}"])
+    if len(name.encode()) > 200:
+        name = "__".join([method, *what, hashlib.sha256("__".join(settings).encode()).hexdigest()[:12], f"seed{seed}"])
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------------------- runs
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def take_lock(path: Path) -> IO | None:
+    """Hold a file against all other processes until it is closed or this process ends; None if another one holds it."""
+    file = open(path, "a")  # noqa: SIM115, it stays open
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:
+        fail(f"{path} cannot be locked ({error.strerror}): choose a directory on another file system")
+    return file
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for a lock and hold it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while (lock := take_lock(path)) is None:
+        time.sleep(0.2)
+    with lock:
+        yield
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process is working in a run folder."""
+    lock = take_lock(folder / ".lock") if folder.exists() else None
+    if lock:
+        lock.close()
+    return folder.exists() and lock is None
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Replace `path` atomically: a crash or a full disk leaves the old file whole."""
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({error.strerror}); nothing is lost: make room and continue with the same command")
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """`state` as torch.save writes it, followed by its SHA-256: torch.load itself accepts most flipped bits."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write(path, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `write_checkpoint` wrote; a damaged file ends the program."""
+    content = path.read_bytes()
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        fail(f"{path} is damaged (its SHA-256 differs): put back a good copy, or delete it to start this run again")
+    return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
+
+
+def git(*words: str) -> str | None:
+    """What git says about the checkout this file is in; None outside one."""
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Context for interpreting a result: name and driver of the device, threads, torch version."""
+    name, driver = device, None
+    if device != "cpu":
+        name = torch.cuda.get_device_name(device)
+        with contextlib.suppress(OSError, IndexError, subprocess.CalledProcessError):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    return dict(device=name, driver=driver, threads=torch.get_num_threads(), torch=torch.__version__)
+
+
+def count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+class Meter:
+    """Averages over an epoch of the batch means that `step` returns. Sums stay on the device until `mean` reads them."""
+
+    def __init__(self, total: int, tick: Callable[["Meter"], None]):
+        self.total, self.tick, self.sums, self.images, self.steps = total, tick, 0.0, 0, 0
+
+    def add(self, means: dict[str, Tensor], n: int) -> None:
+        """Add the means, 0-d tensors by name, of a batch of n images."""
+        self.names = list(means)
+        self.sums = self.sums + n * torch.stack([value.detach() for value in means.values()])
+        self.images, self.steps = self.images + n, self.steps + 1
+        self.tick(self)
+
+    def mean(self) -> dict[str, float]:
+        """Mean per image of everything added, by name."""
+        return dict(zip(self.names, (self.sums / self.images).tolist()))
+
+
+class Run:
+    """The folder of one run: settings, code, log, checkpoints, student, result.
+
+    Started again with the same command, a run that was killed at any moment continues from its last checkpoint and ends with
+    the same weights and log (on a CPU bit for bit, at the same number of threads); a finished run prints its result and exits
+    with code 0. Checkpoints are written at the end of each phase and after an epoch if the last one is SAVE_EVERY seconds old.
+    """
+
+    def __init__(self, script: str, args: RunArgs):
+        check(args)
+        self.args, self.method, self.changed = args, Path(script).stem, changed_flags(args)
+        what = [getattr(args, flag) for flag in ("teacher", "student", "dataset") if hasattr(args, flag)]
+        self.folder = Path(args.runs) / run_name(self.method, what, self.changed, args.seed)
+        self.rows: list[dict[str, Any]] = []
+        self.parameters: dict[int, int] = {}  # of all phases
+        self.saved, self.resumed, self.child, self.estimated = "nothing saved yet", 0, None, False
+        for name in "SIGINT", "SIGTERM", "SIGHUP":
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.interrupt)
+        if args.device != "cpu":  # the same sums in the same order, so that a resumed run ends as an uninterrupted one
+            torch.cuda.set_device(torch.device(args.device).index or 0)  # for what takes no device, like a stream
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # saves a kernel per new tensor
+        self.commit, self.dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        self.open(Path(script))
+
+    def interrupt(self, number: int, frame: Any) -> None:
+        """Signal handler: say what is saved and end, after the process that trains the teacher, if there is one."""
+        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends at once
+        if self.child:
+            self.child.terminate()  # it says what it has saved
+            raise SystemExit(128 + number)
+        fail(f"interrupted: {self.saved}; continue with the same command", 128 + number)
+
+    def open(self, script: Path) -> None:
+        """Take the folder for this process; refuse one that was made with other settings or data."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = take_lock(self.folder / ".lock")
+            if self.lock is None:  # perhaps just for the moment in which `in_use` looks
+                time.sleep(0.5)
+                self.lock = take_lock(self.folder / ".lock")
+        except OSError as error:
+            fail(f"cannot use the folder {self.folder} ({error.strerror}): choose another parent directory with --runs")
+        if self.lock is None:
+            fail(f"{self.folder} is in use by another process: wait for it, or choose another parent directory with --runs")
+
+        self.settings = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
+        found, done = self.kept("args.json"), self.kept("result.json")
+        differing = [flag for flag, value in self.settings.items() if flag not in PLACES and found.get(flag, value) != value]
+        if differing == ["device"] and (done or found["device"].split(":")[0] == self.args.device.split(":")[0]):
+            differing = []
+        if differing:
+            began, now = (shown(settings[differing[0]]) for settings in (found, self.settings))
+            fail(f"{self.folder} began with {differing[0]} {began}, not {now}: take that, or another --runs")
+
+        self.data = found.get("data_sha256") if done and not on_disk(self.args) else data_sha256(self.args)
+        sources = {self.folder / source.name: source.read_bytes() for source in (script, Path(__file__))}
+        changed = [copy.name for copy, source in sources.items() if copy.exists() and copy.read_bytes() != source]
+        if found.get("data_sha256", self.data) != self.data:
+            changed.append("the images")
+        if changed and done:
+            say(f"note: {', '.join(changed)} changed since; for a new result take another --runs, or delete {self.folder}")
+        elif "the images" in changed:
+            fail(f"{self.folder} began with other images than those in {self.args.data}: restore them, or take another --runs")
+        elif changed:
+            say(
+                f"note: {', '.join(changed)} changed since this run began; it goes on with the new code, its folder keeps the old"
+            )
+        if done:
+            self.show(done)
+            raise SystemExit(0)
+        for copy, source in sources.items():
+            if not copy.exists():
+                write(copy, source)
+        if not found:
+            write(self.folder / "args.json", json.dumps(self.settings | {"data_sha256": self.data}, indent=1) + "\n")
+
+    def kept(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run's folder; empty if there is none."""
+        try:
+            return dict(json.loads((self.folder / name).read_text())) if (self.folder / name).exists() else {}
+        except ValueError as error:
+            fail(f"{self.folder / name} is damaged ({one_line(error)}): delete the folder to start this run again")
+
+    def epochs(self, total: int, trained: nn.ModuleDict, optimizer: Any, scheduler: Any, phase: str = "") -> Iterator[int]:
+        """The epochs left of `total`, counted from 1, of the run or of one phase of it; call `log` once in each.
+
+        Loads the last checkpoint into the three before the first epoch. A finished phase loads its end and yields nothing.
+        """
+        file = self.folder / (f"checkpoint-{phase}.pt" if phase else "checkpoint.pt")
+        self.introduce(trained, phase)
+        state = read_checkpoint(file) if file.exists() else {"rows": []}
+        if state["rows"]:
+            try:
+                trained.load_state_dict(state["trained"])
+                optimizer.load_state_dict(state["optimizer"])
+                scheduler.load_state_dict(state["scheduler"])
+            except (KeyError, RuntimeError, ValueError) as error:
+                fail(f"{file} does not fit this script ({one_line(error)}): delete {self.folder} to start again")
+            self.resumed = state["resumed"] + (len(state["rows"]) < total)
+            say(f"continuing after epoch {len(state['rows'])} of {total}")
+            self.saved = f"saved up to epoch {len(state['rows'])}" + (f" of phase {phase}" if phase else "")
+        for group in optimizer.param_groups:  # a graph reads the rate from the device, where the scheduler changes it in place
+            on_device = self.args.device != "cpu" or GRAPH  # with or without a graph, so that both have the same float32
+            group["lr"] = torch.as_tensor(group["lr"], device=self.args.device).float() if on_device else float(group["lr"])
+        earlier = len(self.rows)
+        self.phase, self.total, self.scheduler, self.rows = phase, total, scheduler, self.rows + state["rows"]
+        saved = time.monotonic()
+        for epoch in range(len(state["rows"]) + 1, total + 1):
+            self.started = time.perf_counter()
+            yield epoch
+            if epoch == total or time.monotonic() - saved >= SAVE_EVERY:
+                state = dict(trained=trained.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict())
+                if not all(value.isfinite().all() for value in state["trained"].values()):
+                    self.diverged(f"a weight is no longer finite after epoch {epoch}")
+                write(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+                write_checkpoint(file, state | dict(rows=self.rows[earlier:], resumed=self.resumed))  # last: the rest is redone
+                saved = time.monotonic()
+                self.saved = f"saved up to epoch {epoch}" + (f" of phase {phase}" if phase else "")
+
+    def introduce(self, trained: nn.ModuleDict, phase: str) -> None:
+        """Say what is about to be trained, and count its parameters."""
+        self.parameters |= {id(p): p.numel() for p in trained.parameters()}
+        if phase:
+            return say(f"phase       {phase}: {count(trained):,} parameters are trained")
+        settings = ", ".join(f"{flag.replace('_', '-')} {shown(value)}" for flag, value in self.changed.items())
+        say(f"student     {self.args.student}, seed {self.args.seed}, {self.args.device}; changed flags: {settings or 'none'}")
+        self.student = count(trained["student"])
+        extra = sum(self.parameters.values()) - self.student
+        say(f"parameters  {self.student:,} in the student" + (f" plus {extra:,} used only in training" if extra else ""))
+
+    def meter(self, total: int) -> Meter:
+        """A meter for one epoch over `total` images. On a terminal it shows how far the epoch is."""
+        self.ticked = time.monotonic()
+        return Meter(total, self.tick)
+
+    def tick(self, meter: Meter) -> None:
+        """After each step: the estimate, once, from the steps 10 to 20, as the first are slower; the counter on a terminal."""
+        if meter.steps in (10, 20) and not self.estimated and not self.phase:
+            if self.args.device != "cpu":
+                torch.cuda.synchronize(self.args.device)
+            if meter.steps == 10:
+                self.tenth = time.perf_counter(), meter.images
+            else:
+                began, images = self.tenth
+                epoch = (time.perf_counter() - began) * meter.total / (meter.images - images)
+                epochs = self.total - len(self.rows)
+                slow = self.args.device == "cpu" and epochs * epoch > 3600
+                advice = "; a CUDA GPU is far faster, or try --epochs 5" if slow else ""
+                say(f"estimate    {duration(epoch)} per epoch, {duration(epochs * epoch)} for the {epochs} left{advice}")
+                self.estimated = True
+        if sys.stdout.isatty() and time.monotonic() - self.ticked > 1:
+            self.ticked = time.monotonic()
+            left = (time.perf_counter() - self.started) * (meter.total / meter.images - 1)
+            say(f"\r  {meter.images:,} of {meter.total:,} images, {duration(left)} left in this epoch \033[K", end="\r")
+
+    def log(self, epoch: int, train: dict[str, float], test: float | None = None, **more: Any) -> None:
+        """Print and keep one epoch's row. A loss that is not finite ends the run.
+
+        `train`: means over the epoch, "loss" among them and, where there is one, "accuracy" as a share; `test`: accuracy in
+        percent; `more`: further numbers worth watching.
+        """
+        if not math.isfinite(train["loss"]):
+            self.diverged(f"the loss became {train['loss']} in epoch {epoch}")
+        terms = {name: value for name, value in train.items() if name != "accuracy"}
+        more = {name: torch.as_tensor(value).item() for name, value in more.items()}
+        right, rate = train.get("accuracy"), float(self.scheduler.get_last_lr()[0])
+        row = {"phase": self.phase, "epoch": epoch} | terms | {"train": None if right is None else 100 * right, "test": test}
+        row |= {"lr": float(f"{rate:.6g}"), "seconds": round(time.perf_counter() - self.started, 3)} | more
+        self.rows.append(row)
+        parts = [f"epoch {epoch:3}/{self.total}", *(f"{name} {value:.4f}" for name, value in terms.items())]
+        parts += [f"{name} {row[name]:5.2f} %" for name in ("train", "test") if row[name] is not None]
+        parts += [f"{name} {value:.4g}" for name, value in more.items()] + [f"lr {row['lr']:.2g}", duration(row["seconds"])]
+        say("  ".join(parts) + f"  left {duration(row['seconds'] * (self.total - epoch))}")
+
+    def diverged(self, what: str) -> NoReturn:
+        fail(f"{what}: try a smaller --lr; {self.folder} keeps its last good checkpoint")
+
+    def finish(self, deployed: nn.Module, teacher: nn.Module | None = None) -> float:
+        """Save the network that is used at inference and the result; return the last epoch's test accuracy in percent."""
+        buffer = io.BytesIO()
+        torch.save({name: value.cpu().contiguous() for name, value in deployed.state_dict().items()}, buffer)
+        write(self.folder / "student.pt", buffer.getvalue())
+        rows = [row for row in self.rows if row["phase"] == ""]
+        best = max(rows, key=lambda row: row["test"])
+        result = dict(method=self.method, args=self.settings, last=rows[-1]["test"], best=best["test"], best_epoch=best["epoch"])
+        result["teacher"] = teacher and teacher.record
+        extra = sum(self.parameters.values()) - self.student
+        result["parameters"] = dict(student=self.student, extra=extra, at_test=count(deployed))
+        result |= dict(student_sha256=sha256(self.folder / "student.pt"), data_sha256=self.data, resumed=self.resumed)
+        result |= dict(epochs=len(rows), seconds=round(sum(row["seconds"] for row in self.rows), 1))
+        graph = GRAPH and self.args.device != "cpu"
+        result |= hardware(self.args.device) | dict(cuda_graph=graph, commit=self.commit, dirty=self.dirty)
+        write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
+        self.show(result)
+        return result["last"]
+
+    def show(self, result: dict[str, Any]) -> None:
+        """Print a result in one line."""
+        accuracies = f"last {result['last']:.2f} %, best {result['best']:.2f} % (epoch {result['best_epoch']})"
+        say(f"result      {accuracies}, {result['epochs']} epochs in {duration(result['seconds'])}: {self.folder}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- data
+
+
+Split = tuple[np.ndarray, np.ndarray]  # uint8 pixels (N, size, size, 3) and integer labels (N,)
 
 
 class RawData(NamedTuple):
-    """A data set as read: uint8 pixels (N, 32, 32, 3) and int64 labels (N,) of both splits, and how to normalise."""
+    """A data set as arrays: what a function in DATASETS returns."""
 
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-    classes: int
-    mean: tuple[float, float, float]
+    train: Split
+    test: Split
+    names: list[str]  # of the classes, by label
+    mean: tuple[float, float, float]  # of pixel / 255
     std: tuple[float, float, float]
 
 
-# The official binary versions: records of label bytes (the last one counts) and 3 x 32 x 32 pixels; {file: SHA-256}
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std
+
+# The official binary files: records of label bytes (the last one counts) and 3 x 32 x 32 pixels; {file: SHA-256}
 CIFAR: dict[str, dict[str, Any]] = {
     "cifar100": dict(
-        archive=("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
         folder="cifar-100-binary",
         label_bytes=2,
+        names="fine_label_names.txt",
         train={"train.bin": "f31298fc616915fa142368359df1c4ca2ae984d6915ca468b998a5ec6aeebf29"},
         test={"test.bin": "d8b1e6b7b3bee4020055f0699b111f60b1af1e262aeb93a0b659061746f8224a"},
-        statistics=(100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+        statistics=((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+        torchvision=datasets.CIFAR100,
     ),
     "cifar10": dict(
-        archive=("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
         folder="cifar-10-batches-bin",
         label_bytes=1,
+        names="batches.meta.txt",
         train={
             "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
             "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
@@ -95,143 +542,350 @@ CIFAR: dict[str, dict[str, Any]] = {
             "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
         },
         test={"test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"},
-        statistics=(10, (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
+        statistics=((0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)),
+        torchvision=datasets.CIFAR10,
     ),
 }
 
 
-def read_cifar(name: str, data: Path) -> RawData:
-    """CIFAR from the folder `data`, else from its authors' site; every file is checked by hash."""
+def read_cifar(name: str, data: Path, size: int | None) -> RawData:
+    """CIFAR from its binary files, SHA-256 checked, else from its Python version, which torchvision checks or downloads."""
     cifar = CIFAR[name]
     folder, skip = data / cifar["folder"], cifar["label_bytes"]
     if not folder.is_dir():
-        download(*cifar["archive"], folder)
+        train, test = from_torchvision(cifar["torchvision"], data, dict(train=True), dict(train=False))
+        return RawData(*((part.data, np.array(part.targets)) for part in (train, test)), train.classes, *cifar["statistics"])
 
-    def read(hashes: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
-        records = []
-        for file, sha256 in hashes.items():
-            path = folder / file
-            raw = np.fromfile(path, np.uint8) if path.is_file() else np.empty(0, np.uint8)
-            if hashlib.sha256(raw).hexdigest() != sha256:
-                found = f"is not the official file: {raw.size:,} bytes, another SHA-256" if path.is_file() else "is missing"
-                fail(f"{path} {found}; delete the folder {folder} and start again to download it")
-            records.append(raw.reshape(-1, skip + 3072))
-        rows = np.concatenate(records)
-        return rows[:, skip:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, skip - 1].astype(np.int64)
+    def read(hashes: dict[str, str]) -> Split:
+        for file, official in hashes.items():
+            if not (folder / file).is_file() or sha256(folder / file) != official:
+                fail(f"{folder / file} is missing or not the official file: delete {folder} and start again to download it")
+        rows = np.concatenate([np.fromfile(folder / file, np.uint8).reshape(-1, skip + 3072) for file in hashes])
+        return rows[:, skip:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, skip - 1]
 
-    return RawData(read(cifar["train"]), read(cifar["test"]), *cifar["statistics"])
+    names = (folder / cifar["names"]).read_text().split() if (folder / cifar["names"]).is_file() else None
+    train, test = read(cifar["train"]), read(cifar["test"])
+    return RawData(train, test, names or [str(k) for k in range(train[1].max() + 1)], *cifar["statistics"])
 
 
-def download(archive: str, md5: str, folder: Path) -> None:
-    """Fetch and unpack an archive; `folder` appears whole or not at all, also if two runs do this at once."""
-    from torchvision.datasets.utils import download_and_extract_archive
-
-    url, unfinished = f"https://www.cs.toronto.edu/~kriz/{archive}", folder.parent / f".{folder.name}.{os.getpid()}"
+def from_torchvision(kind: Any, data: Path, *splits: dict[str, Any]) -> list[Any]:
+    """Splits of one of torchvision's data sets, which are downloaded if they are missing; one process at a time."""
     try:
-        print(f"downloading {url} to {folder.parent}", flush=True)
-        unfinished.mkdir(parents=True)
-        download_and_extract_archive(url, str(unfinished), md5=md5, remove_finished=True)
-        if not folder.is_dir():
-            os.replace(unfinished / folder.name, folder)
+        with locked(data / ".lock"):
+            return [kind(data, **split, download=True) for split in splits]
     except (OSError, RuntimeError) as error:
-        fail(f"cannot download {url} ({one_line(error)}): put its files under {folder}, or try --dataset synthetic")
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        fail(f"cannot read or download {kind.__name__} in {data} ({one_line(error)}): put it there, or try --dataset synthetic")
 
 
-def synthetic(data: Path) -> RawData:
+def cached(folder: Path, size: int, decode: Callable[[], tuple[Split, Split]]) -> tuple[Split, Split]:
+    """The arrays in <folder>/{train,test}_{x,y}.npy; the first time they are decoded, resized and put there."""
+    files = [folder / f"{part}.npy" for part in ("train_x", "train_y", "test_x", "test_y")]
+    with locked(folder.with_name(f".{folder.name}.lock")):
+        if not all(file.is_file() for file in files):
+            say(f"decoding images into {folder}, once")
+            folder.mkdir(exist_ok=True)
+            for file, array in zip(files, [array for x, y in decode() for array in (resize(x, size), y)]):
+                np.save(folder / "unfinished.npy", array)
+                os.replace(folder / "unfinished.npy", file)
+    try:
+        train_x, train_y, test_x, test_y = map(np.load, files)
+    except (OSError, ValueError) as error:
+        fail(f"{folder} is damaged ({one_line(error)}): delete it to decode the images again")
+    return (train_x, train_y), (test_x, test_y)
+
+
+def resize(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Images (N, S, S, 3) as (N, size, size, 3), by PIL's bilinear filter, as torchvision's Resize."""
+    if pixels.shape[1] == size:
+        return pixels
+    return np.stack([np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in pixels])
+
+
+def read_stl10(data: Path, size: int | None) -> RawData:
+    """The labeled images of STL-10. Mean and std are those of the ICD authors' transfer experiments."""
+
+    def decode() -> tuple[Split, Split]:
+        train, test = from_torchvision(datasets.STL10, data, dict(split="train"), dict(split="test"))
+        return tuple((part.data.transpose(0, 2, 3, 1), part.labels) for part in (train, test))
+
+    names = "airplane bird car cat deer dog horse monkey ship truck".split()
+    return RawData(
+        *cached(data / f"stl10_{size or 96}", size or 96, decode), names, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2712)
+    )
+
+
+def read_tinyimagenet(data: Path, size: int | None) -> RawData:
+    """Tiny ImageNet from its official folder; classes are numbered as in wnids.txt, grayscale images get three channels.
+
+    Mean and std are ImageNet's, as in the published recipe (Good-DA-in-KD, R2KD); the set's own are (0.4802, 0.4481, 0.3975)
+    and (0.2764, 0.2689, 0.2816).
+    """
+    folder = data / "tiny-imagenet-200"
+    try:
+        wnids = (folder / "wnids.txt").read_text().split()
+        words = dict(line.split("\t") for line in (folder / "words.txt").read_text().splitlines())
+        val = [line.split("\t")[:2] for line in (folder / "val" / "val_annotations.txt").read_text().splitlines()]
+    except OSError as error:
+        fail(f"{error.filename} is missing: unpack tiny-imagenet-200.zip of cs231n.stanford.edu in {data}")
+
+    def decode() -> tuple[Split, Split]:
+        train = [
+            (file, k) for k, wnid in enumerate(wnids) for file in sorted((folder / "train" / wnid / "images").glob("*.JPEG"))
+        ]
+        test = [(folder / "val" / "images" / file, wnids.index(wnid)) for file, wnid in val]
+        return tuple((np.stack([open_image(file) for file, _ in part]), np.array([k for _, k in part])) for part in (train, test))
+
+    names = [words.get(wnid, wnid) for wnid in wnids]
+    return RawData(*cached(data / f"tinyimagenet_{size or 64}", size or 64, decode), names, *IMAGENET)
+
+
+def open_image(file: Path) -> Image.Image:
+    """An image file as RGB; one that is missing or damaged ends the program."""
+    try:
+        return Image.open(file).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        fail(f"{file} is missing or damaged ({one_line(error)}): restore it")
+
+
+def synthetic(data: Path, size: int | None) -> RawData:
     """100 classes of a random pattern plus noise, 2,000 + 500 images: to try things out without a download."""
     random = np.random.default_rng(0)
     patterns = random.normal(size=(100, 1, 1, 3)) + random.normal(size=(100, 4, 4, 3)).repeat(8, axis=1).repeat(8, axis=2)
 
-    def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(n: int) -> Split:
         labels = np.arange(n) % 100
         pixels = 128 + 40 * patterns[labels] + 10 * random.normal(size=(n, 32, 32, 3))
         return pixels.clip(0, 255).astype(np.uint8), labels
 
-    return RawData(draw(2000), draw(500), 100, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    return RawData(draw(2000), draw(500), [f"pattern {k}" for k in range(100)], (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-# name -> function of the --data folder; add a line for a data set of your own
-DATASETS: dict[str, Callable[[Path], RawData]] = {name: partial(read_cifar, name) for name in CIFAR} | {"synthetic": synthetic}
+# name -> function of --data and --image-size (which it may ignore); add a line for a data set of your own
+DATASETS: dict[str, Callable[[Path, int | None], RawData]] = {
+    **{name: partial(read_cifar, name) for name in CIFAR},
+    "stl10": read_stl10,
+    "tinyimagenet": read_tinyimagenet,
+    "synthetic": synthetic,
+}
 
 
-class Images:
-    """One split of a data set, on the device as uint8, padded by 4 before any normalisation.
+@functools.lru_cache(maxsize=1)
+def read(name: str, data: Path, size: int | None) -> RawData:
+    """A data set of DATASETS, checked, at `size` x `size` pixels or in its own size."""
+    raw = DATASETS[name](data, size)
+    for split, (x, y) in dict(training=raw.train, test=raw.test).items():
+        if x.dtype != np.uint8:
+            wrong = f"pixels are {x.dtype}, not uint8"
+        elif x.ndim != 4 or x.shape[3] != 3 or x.shape[1] != x.shape[2]:
+            wrong = f"pixels have shape {x.shape}, not (N, size, size, 3)"
+        elif y.shape != x.shape[:1]:
+            wrong = f"labels have shape {y.shape} for {len(x):,} images"
+        elif y.dtype.kind not in "iu" or len(y) == 0 or y.min() < 0 or y.max() >= len(raw.names):
+            wrong = f"labels are not integers from 0 to {len(raw.names) - 1}, or there are none"
+        elif x.shape[1] != raw.train[0].shape[1]:
+            wrong = f"images have a side of {x.shape[1]}, the training images {raw.train[0].shape[1]}"
+        else:
+            continue
+        fail(f"--dataset {name}: the {split} {wrong}")
+    size = size or raw.train[0].shape[1]
+    return raw._replace(train=(resize(raw.train[0], size), raw.train[1]), test=(resize(raw.test[0], size), raw.test[1]))
 
-    `crop` and `normalise` together equal torchvision's RandomCrop(32, padding=4), RandomHorizontalFlip, ToTensor and
-    Normalize bit for bit for the same offsets, on every device.
+
+def on_disk(args: RunArgs) -> bool:
+    """Whether the data set can be read without a download."""
+    place = dict(cifar100="cifar-100-*", cifar10="cifar-10-*", stl10="stl10_*", tinyimagenet="tiny*", folder="train")
+    return args.dataset not in place or any(Path(args.data).glob(place[args.dataset]))
+
+
+def data_sha256(args: RunArgs) -> str:
+    """What identifies a data set: SHA-256 of its arrays, or of the names and sizes of a folder's files."""
+    digest = hashlib.sha256()
+    if args.dataset == "folder":
+        for file in sorted(file for split in ("train", "val") for file in Path(args.data, split).rglob("*.*")):
+            digest.update(f"{file.relative_to(args.data)} {file.stat().st_size}\n".encode())
+    else:
+        raw = read(args.dataset, Path(args.data), args.image_size)
+        for array in *raw.train, *raw.test:
+            digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+class ImageSet:
+    """One split of a data set. Every method relies on this and nothing else, whatever the images come from.
+
+    `len(images)`; `classes`, their number, and `names`; `size`, the side of an image in pixels; `labels`, int64 (N,);
+    `mean` and `std`, (3, 1, 1), of pixels in [0, 1]; `device`, where labels and batches are; `generator`, on the CPU and
+    seeded anew in each epoch, the source of all that a method draws itself; `epoch` and `batches`; `normalize`, `denormalize`.
     """
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, raw: RawData, args: Any, padding: str = "constant"):
-        self.args, self.device, self.classes = args, torch.device(args.device), raw.classes
-        padded = np.pad(pixels, [(0, 0), (4, 4), (4, 4), (0, 0)], mode=padding)
-        self.pixels = torch.from_numpy(padded).to(self.device).flatten(0, 2)  # (N * 40 * 40, 3)
-        self.labels = torch.from_numpy(labels).to(self.device)
-        self.mean, self.std = torch.tensor(raw.mean), torch.tensor(raw.std)
-        table = (torch.arange(256)[:, None] / 255 - self.mean) / self.std  # made on the CPU: the same floats everywhere
-        self.table = table.T.flatten().to(self.device)  # (3 * 256,)
-        self.channel = 256 * torch.arange(3, device=self.device)
-        self.side = torch.arange(32, device=self.device)
+    def __init__(self, labels: np.ndarray, names: list[str], size: int, mean: Any, std: Any, args: RunArgs):
+        self.args, self.device, self.names, self.classes, self.size = args, torch.device(args.device), names, len(names), size
+        self.labels = torch.from_numpy(labels.astype(np.int64)).to(self.device)
+        mean, std = torch.tensor(mean), torch.tensor(std)
+        table = (torch.arange(256)[:, None] / 255 - mean) / std  # on the CPU: the same floats on every device
+        self.table, self.channel = table.T.flatten().to(self.device), 256 * torch.arange(3, device=self.device)
+        self.mean, self.std = mean[:, None, None].to(self.device), std[:, None, None].to(self.device)
         self.generator = torch.Generator()
-        self.estimated = False
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """float32 (pixels - mean) / std of images (B, 3, H, W), uint8 (looked up, as ToTensor and Normalize) or in [0, 1]."""
+        if pixels.dtype == torch.uint8:
+            return self.table[pixels.permute(0, 2, 3, 1) + self.channel].permute(0, 3, 1, 2)
+        return (pixels - self.mean) / self.std
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """Pixels in [0, 1] of normalized images (B, 3, H, W)."""
+        return x * self.std + self.mean
+
+    def shuffle(self, epoch: int, phase: str) -> Tensor:
+        """The order of an epoch; seeds `generator`. It depends on (seed, phase, epoch) alone, also after a resume."""
+        self.generator.manual_seed(int(np.random.SeedSequence([self.args.seed, epoch, *phase.encode()]).generate_state(1)[0]))
+        return torch.randperm(len(self), generator=self.generator)
+
+    def epoch(self, epoch: int, phase: str = "", views: int = 1) -> Iterator[tuple[Tensor, ...]]:
+        """All images once, shuffled and augmented: batches of x (B, 3, size, size), once for each view, y (B,), index (B,).
+
+        The views of an image are independent draws; the first is the same for any number of views. `index` counts the
+        training images. All draws are the same for every method, device and number of workers.
+        """
+        raise NotImplementedError
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images once, in order, not augmented: batches of x (B, 3, size, size), y (B,)."""
+        raise NotImplementedError
+
+
+class Resident(ImageSet):
+    """Images kept on the device as uint8, padded by an eighth of their side.
+
+    An epoch equals torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and Normalize bit for bit for the same draws.
+    """
+
+    def __init__(self, split: Split, raw: RawData, args: RunArgs, padding: str):
+        pixels, labels = split
+        super().__init__(labels, raw.names, pixels.shape[1], raw.mean, raw.std, args)
+        self.padding = self.size // 8
+        padded = np.pad(pixels, [(0, 0), *[(self.padding, self.padding)] * 2, (0, 0)], mode=padding)
+        self.side, self.steps = padded.shape[1], torch.arange(self.size, device=self.device)
+        self.pixels = torch.from_numpy(padded).to(self.device).flatten(0, 2)  # (N * side * side, 3)
+
     def offsets(self) -> Tensor:
-        """Row and column of the crop (0 to 8) and flip (0 or 1) for all N images, int64 (3, N), drawn from `self.generator`."""
-        crop = torch.randint(9, (2, len(self)), generator=self.generator)
+        """Row and column of the crop and flip (0 or 1) for all N images, int64 (3, N)."""
+        crop = torch.randint(2 * self.padding + 1, (2, len(self)), generator=self.generator)
         flip = torch.randint(2, (1, len(self)), generator=self.generator)
         return torch.cat([crop, flip]).to(self.device)
 
     def crop(self, index: Tensor, offsets: Tensor) -> Tensor:
-        """uint8 views (B, 3, 32, 32) of the images `index` (B,), cropped and flipped by `offsets` (3, B)."""
+        """uint8 views (B, 3, size, size) of the images `index` (B,), cropped and flipped by `offsets` (3, B)."""
         top, left, flip = offsets[:, :, None]
-        rows = index[:, None] * 40 + top + self.side
-        columns = left + torch.where(flip == 1, 31 - self.side, self.side)
-        return self.pixels[rows[:, :, None] * 40 + columns[:, None, :]].permute(0, 3, 1, 2)
+        rows = index[:, None] * self.side + top + self.steps
+        columns = left + torch.where(flip == 1, self.size - 1 - self.steps, self.steps)
+        return self.pixels[rows[:, :, None] * self.side + columns[:, None, :]].permute(0, 3, 1, 2)
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """float32 (pixel / 255 - mean) / std of uint8 pixels (B, 3, 32, 32), looked up in a table of 3 x 256 values."""
-        return self.table[pixels.permute(0, 2, 3, 1) + self.channel].permute(0, 3, 1, 2)
-
-    def epoch(self, epoch: int, phase: str = "") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All images once in random order and view: batches of x (B, 3, 32, 32), y (B,) and the images' index (B,).
-
-        The draws depend on (seed, phase, epoch) alone: they are the same for every method and device and after a resume.
-        All are made before the first batch, so what a method draws from `self.generator` later cannot shift them.
-        """
-        self.generator.manual_seed(int(np.random.SeedSequence([self.args.seed, epoch, *phase.encode()]).generate_state(1)[0]))
-        order = torch.randperm(len(self), generator=self.generator).to(self.device)
-        size, offsets = self.args.batch_size, self.offsets()
-        for step, (index, offset) in enumerate(zip(order.split(size), offsets.split(size, dim=1))):
-            if step in (10, 20) and not self.estimated and not phase:
-                self.estimate(step, self.args.epochs - epoch + 1)
-            yield self.normalise(self.crop(index, offset)), self.labels[index], index
-
-    def estimate(self, step: int, epochs: int) -> None:
-        """Time the steps 10 to 20, as the very first are slower, and say how long the `epochs` to go will take."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        if step == 10:
-            self.started = time.perf_counter()
-            return
-        self.estimated, one = True, (time.perf_counter() - self.started) / 10 * math.ceil(len(self) / self.args.batch_size)
-        advice = "; a CUDA GPU is far faster, or try --epochs 5" if self.device.type == "cpu" and epochs * one > 3600 else ""
-        print(f"estimate    {clock(one)} an epoch, {clock(epochs * one)} for the {epochs} to go{advice}", flush=True)
+    def epoch(self, epoch: int, phase: str = "", views: int = 1) -> Iterator[tuple[Tensor, ...]]:
+        order = self.shuffle(epoch, phase).to(self.device)
+        offsets = [self.offsets().split(self.args.batch_size, dim=1) for _ in range(views)]  # all before the first batch
+        for index, *crops in zip(order.split(self.args.batch_size), *offsets):
+            yield *(self.normalize(self.crop(index, crop)) for crop in crops), self.labels[index], index
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images once, in order, neither cropped nor flipped: batches of x (500, 3, 32, 32), y (500,)."""
-        middle = torch.tensor([[4], [4], [0]], device=self.device)
+        middle = torch.tensor([[self.padding], [self.padding], [0]], device=self.device)
         for index in torch.arange(len(self), device=self.device).split(500):
-            yield self.normalise(self.crop(index, middle.expand(3, len(index)))), self.labels[index]
+            yield self.normalize(self.crop(index, middle.expand(3, len(index)))), self.labels[index]
 
 
-def load_data(args: Any, padding: str = "constant") -> tuple[Images, Images]:
-    """Training and test images of args.dataset on args.device; `padding` is a mode of numpy.pad, "constant" pads black."""
-    raw = DATASETS[args.dataset](Path(args.data))
-    train, test = Images(*raw.train, raw, args, padding), Images(*raw.test, raw, args)
+class Folder(ImageSet):
+    """Image files, decoded by worker processes: RandomResizedCrop and flip to train, Resize by 8/7 and CenterCrop to test."""
+
+    def __init__(self, samples: list[tuple[str, int]], names: list[str], size: int, args: RunArgs):
+        super().__init__(np.array([label for _, label in samples]), names, size, *IMAGENET, args)
+        self.files = [Path(file) for file, _ in samples]
+
+    def load(self, order: Tensor, seed: list[int] | None, views: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 views (B, views, 3, size, size) of the images in `order` and their index (B,); `seed` None: not augmented."""
+        files = Files(self.files, self.size, seed, views)
+        loader = DataLoader(
+            files,
+            batch_sampler=[part.tolist() for part in order.split(self.args.batch_size)],
+            num_workers=min(self.args.workers, os.cpu_count()),
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # else the loader draws from PyTorch's global state
+            pin_memory=self.device.type == "cuda",
+        )
+        for pixels, index in loader:
+            if (index < 0).any():
+                open_image(self.files[-1 - int(index.min())])  # ends the program, naming the file
+            yield pixels.to(self.device, non_blocking=True), index.to(self.device, non_blocking=True)
+
+    def epoch(self, epoch: int, phase: str = "", views: int = 1) -> Iterator[tuple[Tensor, ...]]:
+        order = self.shuffle(epoch, phase)
+        for pixels, index in self.load(order, [self.args.seed, epoch, *phase.encode()], views):
+            yield *(self.normalize(view) for view in pixels.unbind(1)), self.labels[index], index
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for pixels, index in self.load(torch.arange(len(self)), None):
+            yield self.normalize(pixels[:, 0]), self.labels[index]
+
+
+class Files(torch.utils.data.Dataset):
+    """Image files as views (views, 3, size, size), uint8, drawn from (seed, image) alone; with their index, < 0 if damaged."""
+
+    def __init__(self, files: list[Path], size: int, seed: list[int] | None, views: int):
+        self.files, self.seed, self.views = files, seed, views
+        train = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+        test = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
+        self.transform = transforms.Compose([*(test if seed is None else train), transforms.PILToTensor()])
+        self.damaged = torch.zeros(views, 3, size, size, dtype=torch.uint8)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            image = Image.open(self.files[index]).convert("RGB")
+        except (OSError, SyntaxError, ValueError):
+            return self.damaged, -1 - index
+        with torch.random.fork_rng(devices=[]):  # the transforms draw from PyTorch's global state
+            torch.default_generator.manual_seed(int(np.random.SeedSequence([*(self.seed or []), index]).generate_state(1)[0]))
+            return torch.stack([self.transform(image) for _ in range(self.views)]), index
+
+
+def ignore_signals(worker: int) -> None:
+    """A worker leaves Ctrl-C to its parent, which ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def held_out(labels: np.ndarray, n: int) -> np.ndarray:
+    """Which images (N,) --holdout takes out of the training set: n per class, the same ones for every seed."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    taken = [order[labels[order] == k][:n] for k in np.unique(labels)]
+    if min(map(len, taken)) < n or n * len(taken) >= len(labels):
+        fail(f"--holdout {n} takes whole classes: there are {len(labels):,} training images in {len(taken)} classes", 2)
+    return np.isin(np.arange(len(labels)), np.concatenate(taken))
+
+
+def load_data(args: RunArgs, padding: str = "constant") -> tuple[ImageSet, ImageSet]:
+    """Training and test images of args.dataset; `padding` is a mode of numpy.pad for resident sets, "constant" pads black."""
+    if args.dataset == "folder":
+        try:
+            train, test = (datasets.ImageFolder(args.data / split) for split in ("train", "val"))
+        except OSError as error:
+            fail(f"--data {args.data} needs train/<class>/ and val/<class>/ with images: {one_line(error)}")
+        if train.classes != test.classes:
+            fail(f"{args.data}: train/ and val/ differ in the classes {', '.join({*train.classes} ^ {*test.classes})}")
+        files, files_test, names = np.array(train.samples, dtype=object), test.samples, train.classes
+        if args.holdout:
+            held = held_out(np.array(train.targets), args.holdout)
+            files, files_test = files[~held], files[held]
+        train, test = (Folder(list(part), names, args.image_size or 224, args) for part in (files, files_test))
+    else:
+        raw = read(args.dataset, Path(args.data), args.image_size)
+        train, test = raw.train, raw.test
+        if args.holdout:
+            held = held_out(train[1], args.holdout)
+            train, test = (tuple(array[chosen] for array in train) for chosen in (~held, held))
+        train, test = Resident(train, raw, args, padding), Resident(test, raw, args, "constant")
     if args.batch_size > len(train):
         fail(f"--batch-size {args.batch_size} is larger than the {len(train):,} training images of {args.dataset}", 2)
     if (len(train) - 1) % args.batch_size == 0:
@@ -239,16 +893,327 @@ def load_data(args: Any, padding: str = "constant") -> tuple[Images, Images]:
     return train, test
 
 
-# Networks: the definitions and parameter names of RepDistiller, so that its and mdistiller's checkpoints load
+# ------------------------------------------------------------------------------------------------------------------- teachers
+
+# chenyaofo/pytorch-cifar-models (BSD-3): the same networks and names as here; {(dataset, name): start of the SHA-256}
+PUBLIC_URL = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet/{}_{}-{}.pt"
+PUBLIC = {
+    **{("cifar100", f"resnet{n}"): h for n, h in {20: "23dac2f1", 32: "84213ce6", 44: "ffe32858", 56: "f2eff4c8"}.items()},
+    **{("cifar10", f"resnet{n}"): h for n, h in {20: "4118986f", 32: "ef93fc4d", 44: "2a3cabcb", 56: "187c023a"}.items()},
+}
+PUBLIC_CIFAR10_STD = (0.2023, 0.1994, 0.2010)  # by which the CIFAR-10 images they saw were divided
+
+
+def download(url: str) -> Path:
+    """A file in PyTorch's cache, downloaded if missing; the name ends in the start of its SHA-256, which is checked."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    start = re.search(r"-([0-9a-f]{8,})\.", file.name)[1]
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), start)
+    if not sha256(file).startswith(start):
+        fail(f"{file} is damaged (its SHA-256 differs): delete it to download it again")
+    return file
+
+
+def load_weights(net: nn.Module, file: Path) -> None:
+    """Load a state dict, bare or under "model" or "state_dict", with or without "module." before its names.
+
+    Anything else than the weights of such a network ends the program with one line. Nothing in the file can run code.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        fail(f"{file} holds more than tensors and could run code, so it is not loaded: save the state dict alone")
+    except Exception as error:  # torch.load has a different type for every way in which a file can be broken
+        fail(f"{file} is not a checkpoint that torch can read ({one_line(error)})")
+    for key in "model", "state_dict":
+        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        fail(f"{file} holds no state dict (names with tensors), neither bare nor under 'model' or 'state_dict'")
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    own = net.state_dict()
+    state |= {name: own[name] for name in own.keys() - state.keys() if name.endswith("num_batches_tracked")}
+    wrong = [name for name in own | state if name not in own or name not in state or own[name].shape != state[name].shape]
+    weight, bias = list(own)[-2:]  # the classifier's
+    if wrong and set(wrong) <= {weight, bias} <= state.keys():
+        fail(f"{file} was trained for {len(state[bias])} classes, this data set has {len(own[bias])}")
+    if wrong:
+        fail(f"{file} holds another network's weights: the first difference is {wrong[0]}")
+    net.load_state_dict(state)
+
+
+def find_teacher(run: "Run") -> tuple[Path, str]:
+    """File of the teacher's weights and its name for people; downloads or trains a teacher if there is none."""
+    args, weights = run.args, run.args.teacher_weights
+    if weights is not None and not weights.is_file():  # `check` leaves this to torchvision's networks
+        try:
+            return download(models.get_model_weights(args.teacher.removeprefix("torchvision."))[str(weights)].url), str(weights)
+        except (KeyError, OSError) as error:
+            fail(f"--teacher-weights {weights} is neither a file nor weights of {args.teacher} to be had ({one_line(error)})", 2)
+    if weights is not None:
+        return weights, str(weights)
+    shipped = ROOT / "teachers" / args.dataset / f"{args.teacher}.pt"
+    if shipped.exists() and not args.holdout and args.image_size is None:
+        return shipped, str(shipped.relative_to(ROOT))
+
+    shared = {flag: value for flag, value in run.changed.items() if flag in ("image_size", "holdout")}
+    short = {flag: value for flag, value in run.changed.items() if flag in ("epochs", "batch_size", "milestones")}
+    names = [run_name("vanilla", [args.teacher, args.dataset], flags, 1) for flags in (shared, short | shared)]
+    full, like_student = (Path(args.runs) / name for name in names)
+    key = args.dataset, args.teacher
+    if not (full / "result.json").exists() and key in PUBLIC and not shared:  # public teachers saw the images held out
+        url = PUBLIC_URL.format(*key, PUBLIC[key])
+        try:
+            return download(url), url
+        except OSError as error:
+            say(f"no public teacher: {url} cannot be downloaded ({one_line(error)})")
+    folder, flags = (full, shared) if (full / "result.json").exists() or in_use(full) else (like_student, short | shared)
+    if not (folder / "result.json").exists():
+        train_teacher(run, flags, folder)
+    return folder / "student.pt", str(folder)
+
+
+def train_teacher(run: "Run", flags: dict[str, Any], folder: Path) -> None:
+    """Run methods/vanilla.py as a user would until `folder` holds a finished run, or wait for the process that does so."""
+    args, script, result = run.args, ROOT / "methods" / "vanilla.py", folder / "result.json"
+    if not script.exists():
+        fail(f"no teacher {args.teacher} for {args.dataset}, and no {script} to train one: give --teacher-weights FILE")
+    options = dict(student=args.teacher, dataset=args.dataset, data=args.data, runs=args.runs, device=args.device, seed=1) | flags
+    command = [sys.executable, str(script)]
+    for flag, value in options.items():
+        command += [f"--{flag.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    while not result.exists():
+        if in_use(folder):
+            say(f"waiting for the process that trains the teacher in {folder}")
+            while in_use(folder):
+                time.sleep(1)
+            continue
+        say(f"no teacher {args.teacher} for {args.dataset} yet: training one first, then the student: {shlex.join(command[1:])}")
+        own_group = dict(process_group=0) if fcntl else {}  # so that Ctrl-C reaches it through `Run.interrupt` alone
+        run.child = subprocess.Popen(command, **own_group)
+        try:
+            code = run.child.wait()
+        except SystemExit:  # raised by `Run.interrupt`
+            run.child.wait()
+            raise
+        run.child = None
+        if not result.exists() and not in_use(folder):
+            fail(f"training the teacher ended with exit code {code}: continue with the same command", code if code > 0 else 1)
+
+
+def load_teacher(run: "Run", test: ImageSet) -> nn.Module:
+    """The trained network args.teacher, frozen and in eval mode; its attribute `record` says which one, as in result.json.
+
+    In this order: --teacher-weights; teachers/<dataset>/<name>.pt; a finished run of methods/vanilla.py; public weights,
+    checked by hash; a run of methods/vanilla.py with the epochs, milestones and batch size given here, trained if missing.
+    A run keeps its teacher: once begun, it continues with the same bits or not at all.
+    """
+    args, pin = run.args, run.folder / "teacher.json"
+    began = json.loads(pin.read_text()) if pin.exists() else None
+    file, source = find_teacher(run) if began is None or args.teacher_weights else (Path(began["file"]), began["source"])
+    if not file.is_file() or (began and sha256(file) != began["sha256"]):
+        which = f"{began['file']} (SHA-256 {began['sha256'][:12]})"
+        fail(f"{run.folder} began with the teacher {which}, which is missing or changed: restore it, or take another --runs")
+    name = file.with_name("result.json") if file.name == "student.pt" else file.with_suffix(".json")
+    result = json.loads(name.read_text()) if name.is_file() else {}
+    digest, epochs = sha256(file), result.get("epochs")
+    if result.get("student_sha256", digest) != digest:
+        fail(f"{file} is damaged: its SHA-256 is not the one in {name}")
+    teacher = build(args.teacher, test.classes, args.device)
+    load_weights(teacher, file)
+    if source.startswith("https") and args.dataset == "cifar10":
+        teacher.conv1.weight.data *= test.std / torch.tensor(PUBLIC_CIFAR10_STD, device=test.device)[:, None, None]
+    teacher.eval().requires_grad_(False)
+    write(pin, json.dumps(dict(file=str(file), source=source, sha256=digest)) + "\n")
+    teacher.record = dict(name=args.teacher, accuracy=accuracy(teacher, test), sha256=digest, source=source, epochs=epochs)
+    trained = f"{epochs} epochs, " if epochs else ""
+    say(f"teacher     {args.teacher}, {teacher.record['accuracy']:.2f} % test accuracy, {trained}{source}, SHA-256 {digest[:12]}")
+    return teacher
+
+
+# ------------------------------------------------------------------------------------------------------------------- features
 
 
 class Features(NamedTuple):
-    """What a network shows beside its logits. `shapes(net)` gives the same with shapes for one image in place of tensors."""
+    """What a network shows besides its logits; `feature_shapes` gives the same with shapes in place of tensors."""
 
     maps: list[Any]  # f0 (stem), f1 ... fk (stages), each (B, C, H, W), as the published code takes them
     preacts: list[Any]  # the same before their last ReLU
     last: Any  # the map that is pooled into the classifier
     pooled: Any  # (B, C), the classifier's input
+
+
+@torch.no_grad()
+def probe(net: nn.Module, x: Tensor) -> tuple[Tensor, Features]:
+    """Logits and features of images (B, 3, H, W) in eval mode. No mode, statistic or random state changes."""
+    training, weight = net.training, next(net.parameters())
+    out = net.eval()(x.to(weight.device, weight.dtype))
+    net.train(training)
+    return out
+
+
+def feature_shapes(net: nn.Module, size: int) -> Features:
+    """Shapes of a network's features for one image of size x size pixels: (C, H, W) for maps, a number for `pooled`."""
+    _, f = probe(net, torch.zeros(1, 3, size, size))
+    maps, preacts = ([tuple(m.shape[1:]) for m in kind] for kind in (f.maps, f.preacts))
+    return Features(maps, preacts, tuple(f.last.shape[1:]), f.pooled.shape[1])
+
+
+def classifier(net: nn.Module) -> nn.Linear:
+    """The linear layer that turns `pooled`, the mean of the map `last`, into logits; a network without one ends the program."""
+    linear = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
+    _, f = probe(net, torch.linspace(-1, 1, 2 * 3 * 64 * 64).reshape(2, 3, 64, 64))
+    if not linear or f.last.mean((2, 3)).shape != f.pooled.shape or not torch.allclose(f.last.mean((2, 3)), f.pooled, atol=1e-5):
+        fail("this method needs networks whose classifier is one linear layer on the mean of the last map", 2)
+    return linear[0]
+
+
+def stage_norms(net: nn.Module) -> list[nn.BatchNorm2d]:
+    """The batch norm before the last ReLU of each stage f1 ... fk; a network without them ends the program."""
+    norms = getattr(net, "stage_norms", None)
+    if norms is None:
+        fail("this method needs a network with a batch norm before the last ReLU of each stage, which e.g. ShuffleNets lack", 2)
+    return [net.get_submodule(name) for name in norms]
+
+
+@torch.no_grad()
+def accuracy(net: nn.Module, images: ImageSet) -> float:
+    """Top-1 accuracy of `net` in eval mode, in percent; its mode is restored."""
+    training = net.training
+    net.eval()
+    correct = sum((net(x)[0].argmax(1) == y).sum() for x, y in images.batches())
+    net.train(training)
+    return 100 * int(correct) / len(images)
+
+
+# ----------------------------------------------------------------------------------------------------------------- CUDA graph
+
+
+class Graph:
+    """A step as one CUDA graph: see `cuda_graph`."""
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable[..., dict[str, Tensor]]):
+        self.step, self.shapes, self.warm, self.graph = step, None, 0, None
+
+    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
+        shapes = [tensor.shape for tensor in batch]
+        self.shapes = self.shapes or shapes
+        if shapes != self.shapes:
+            return self.step(*batch)
+        if self.warm < self.WARM_UP:
+            return self.warm_up(*batch)
+        if self.graph is None:
+            self.capture(batch)  # records the step without taking it
+        for place, tensor in zip(self.batch, batch):
+            place.copy_(tensor)
+        self.graph.replay()
+        return self.means
+
+    def warm_up(self, *batch: Tensor) -> dict[str, Tensor]:
+        if self.warm == 0:
+            self.stream = torch.cuda.Stream()
+        self.warm += 1
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            means = self.step(*batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return means
+
+    def capture(self, batch: tuple[Tensor, ...]) -> None:
+        self.graph, self.batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.means = {name: value.detach() for name, value in self.step(*self.batch).items()}
+        except RuntimeError as error:
+            cause = one_line(error.__context__ or error)  # the end of a failed capture is an error of its own
+            fail(f"this step cannot be a CUDA graph ({cause}): continue with the same command without CUDA_GRAPH=1")
+
+
+def cuda_graph(step: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """A training step; on CUDA, with CUDA_GRAPH=1 in the environment, replayed as a CUDA graph (no GPU has verified that yet).
+
+    `step` takes tensors, updates the weights, and returns 0-d batch means by name. The first three batches are real steps
+    that warm up cuDNN and the optimizer; then the step is captured, for the batch shape that came first. Such batches are
+    copied to where the graph reads them and replayed with a single launch; batches of other shapes, like the last of an
+    epoch, run as they are. So a step must have no side effect on the host and read nothing but its arguments and tensors
+    updated in place: a Python number or a host's random draw is frozen at capture time. What a call returns is overwritten
+    by the next one: add it up, do not collect it.
+    """
+    if not GRAPH:
+        return step
+    graph = Graph(step)
+    return lambda *batch: (graph if batch[0].is_cuda else step)(*batch)
+
+
+# ------------------------------------------------------------------------------------------------------------------- networks
+
+
+def known_network(name: str) -> bool:
+    """Whether `build` can make this network."""
+    return name in NETWORKS or (
+        name.startswith("torchvision.") and name.removeprefix("torchvision.") in models.list_models(models)
+    )
+
+
+def build(name: str, classes: int, device: str | torch.device = "cpu") -> nn.Module:
+    """A fresh network on `device`, channels_last: faster on a CPU (README). `net(x)` gives (logits, Features)."""
+    if not known_network(name):
+        fail(f"unknown network {name}: take torchvision.<name> or one of {', '.join(NETWORKS)}", 2)
+    net = NETWORKS[name](classes) if name in NETWORKS else from_torchvision_models(name.removeprefix("torchvision."), classes)
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def from_torchvision_models(name: str, classes: int) -> nn.Module:
+    """A classification network of torchvision.models, with its parameter names, that gives (logits, Features).
+
+    maps: the last map of each resolution; preacts: their input where they come out of a ReLU; pooled: the input of the last
+    linear layer. Found by comparing all intermediate results for one random image.
+    """
+    x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    try:
+        model = models.get_model(name, weights=None, num_classes=classes).eval()
+        for module in model.modules():
+            if hasattr(module, "inplace"):
+                module.inplace = False  # else a ReLU overwrites its input, the preact
+        last_linear, linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+        entered: list[Tensor] = []
+        hook = linear.register_forward_pre_hook(lambda module, x: entered.append(x[0]))
+        nodes = get_graph_node_names(model)[1]
+        with torch.no_grad():
+            model(x)
+            values = {
+                node: value for node, value in create_feature_extractor(model, nodes)(x).items() if isinstance(value, Tensor)
+            }
+        hook.remove()
+        last_of_side = {value.shape[2]: node for node, value in values.items() if value.ndim == 4 and node != nodes[0]}
+        wanted = {last_linear: "logits"}
+        for node, value in values.items():  # the last one that fits wins
+            if torch.equal(value, entered[0]):
+                wanted = {last_linear: "logits", node: "pooled"}
+        for k, side in enumerate(side for side in sorted(last_of_side, reverse=True) if side > 1):
+            mapped = values[last_of_side[side]]
+            before = [
+                node for node, value in values.items() if not torch.equal(value, mapped) and torch.equal(value.relu(), mapped)
+            ]
+            wanted |= {last_of_side[side]: f"map{k}"} | ({before[-1]: f"preact{k}"} if before else {})
+        net = create_feature_extractor(model, wanted)
+    except Exception as error:  # tracing can fail in as many ways as there are networks
+        fail(f"torchvision.{name} is no network with maps and a linear classifier that can be traced ({one_line(error)})", 2)
+    for graph in net.train_graph, net.eval_graph:
+        end = next(iter(reversed(graph.nodes)))
+        found = end.args[0]
+        maps = [found[f"map{k}"] for k in range(sum(key.startswith("map") for key in found))]
+        preacts = [found.get(f"preact{k}", node) for k, node in enumerate(maps)]
+        end.args = ((found["logits"], Features(maps, preacts, maps[-1], found["pooled"])),)
+    net.train()  # compiles the graphs anew
+    sources = [node if node.op == "call_module" else node.args[0] for node in preacts[1:]]
+    if all(node.op == "call_module" and isinstance(net.get_submodule(node.target), nn.BatchNorm2d) for node in sources):
+        net.stage_norms = [node.target for node in sources]
+    return net
 
 
 def conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -301,9 +1266,11 @@ class BasicBlock(nn.Module):
 
 def resnet(classes: int, depth: int, widths: tuple[int, ...] = (16, 16, 32, 64)) -> nn.Module:
     """CIFAR ResNet of 6n + 2 layers (He et al. 2016) with projection shortcuts; widths are those of stem and stages."""
-    plan = zip(widths, widths[1:], (1, 2, 2))
-    layers = [[BasicBlock(a, b, s), *(BasicBlock(b, b, 1) for _ in range((depth - 2) // 6 - 1))] for a, b, s in plan]
-    return init_kaiming(Staged(conv(3, widths[0]), layers, widths[-1], classes, "fc"))
+    plan, n = zip(widths, widths[1:], (1, 2, 2)), (depth - 2) // 6
+    layers = [[BasicBlock(a, b, s), *(BasicBlock(b, b, 1) for _ in range(n - 1))] for a, b, s in plan]
+    net = init_kaiming(Staged(conv(3, widths[0]), layers, widths[-1], classes, "fc"))
+    net.stage_norms = [f"layer{k}.{n - 1}.bn2" for k in (1, 2, 3)]
+    return net
 
 
 class Bottleneck(nn.Module):
@@ -326,7 +1293,9 @@ def resnet50(classes: int) -> nn.Module:
     """The ImageNet ResNet-50 with a 3x3 stem of stride 1 and no max pool."""
     plan = (64, 64, 3, 1), (256, 128, 4, 2), (512, 256, 6, 2), (1024, 512, 3, 2)
     layers = [[Bottleneck(a, b, s), *(Bottleneck(4 * b, b, 1) for _ in range(n - 1))] for a, b, n, s in plan]
-    return init_kaiming(Staged(conv(3, 64), layers, 2048, classes, "linear"))
+    net = init_kaiming(Staged(conv(3, 64), layers, 2048, classes, "linear"))
+    net.stage_norms = ["layer1.2.bn3", "layer2.3.bn3", "layer3.5.bn3", "layer4.2.bn3"]
+    return net
 
 
 class WideBlock(nn.Module):
@@ -356,6 +1325,7 @@ class WideResNet(nn.Module):
             blocks = [WideBlock(widths[i - 1] if j == 0 else widths[i], widths[i], stride if j == 0 else 1) for j in range(n)]
             self.add_module(f"block{i}", nn.ModuleDict({"layer": nn.Sequential(*blocks)}))
         self.bn1, self.fc = nn.BatchNorm2d(widths[3]), nn.Linear(widths[3], classes)
+        self.stage_norms = ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"]
         init_normal(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
@@ -373,7 +1343,7 @@ class WideResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """VGG with batch norm for 32x32 images: five blocks, max pools after the first three, one linear layer."""
+    """VGG with batch norm and one linear layer: five blocks, max pools after the first three, from 64x64 pixels on after four."""
 
     def __init__(self, classes: int, convs: tuple[int, ...]):
         super().__init__()
@@ -385,14 +1355,15 @@ class VGG(nn.Module):
                 c_in = width
             self.add_module(f"block{k}", nn.Sequential(*layers[:-1]))  # the last ReLU is applied in forward
         self.classifier = nn.Linear(512, classes)
+        self.stage_norms = [f"block{k}.{3 * n - 2}" for k, n in enumerate(convs) if k]
         init_normal(self, linear_std=0.01)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
-        maps, preacts = [], []
+        maps, preacts, pools = [], [], 3 if x.shape[2] < 64 else 4
         for block in self.block0, self.block1, self.block2, self.block3, self.block4:
             preacts.append(block(x))
             maps.append(F.relu(preacts[-1]))
-            x = F.max_pool2d(maps[-1], 2) if len(maps) < 4 else maps[-1]
+            x = F.max_pool2d(maps[-1], 2) if len(maps) <= pools else maps[-1]
         pooled = x.mean((2, 3))
         return self.classifier(pooled), Features(maps, [maps[0], *preacts[1:]], x, pooled)
 
@@ -427,6 +1398,7 @@ class MobileNetV2(nn.Module):
             c_in = c
         self.conv2 = nn.Sequential(conv(c_in, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU())
         self.classifier = nn.Sequential(nn.Linear(1280, classes))
+        self.stage_norms = ["blocks.1.1.conv.7", "blocks.2.2.conv.7", "blocks.4.2.conv.7", "blocks.6.0.conv.7"]
         init_normal(self, linear_std=0.01)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
@@ -536,487 +1508,3 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "shufflenetv1": shufflenetv1,
     "shufflenetv2": shufflenetv2,
 }
-
-
-def build(name: str, classes: int, device: str | torch.device = "cpu") -> nn.Module:
-    """A fresh network of NETWORKS on `device`, channels_last: faster on a CPU (README). `net(x)` gives (logits, Features)."""
-    if name not in NETWORKS:
-        fail(f"unknown network {name}: take one of {', '.join(NETWORKS)}", 2)
-    return NETWORKS[name](classes).to(device, memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def shapes(net: nn.Module) -> Features:
-    """Shapes of a network's features for one image: (C, H, W) for maps, a number for `pooled`. No mode or statistic changes."""
-    training, weight = net.training, next(net.parameters())
-    _, f = net.eval()(torch.zeros(1, 3, 32, 32, device=weight.device, dtype=weight.dtype))
-    net.train(training)
-    maps, preacts = ([tuple(m.shape[1:]) for m in kind] for kind in (f.maps, f.preacts))
-    return Features(maps, preacts, tuple(f.last.shape[1:]), f.pooled.shape[1])
-
-
-@torch.no_grad()
-def accuracy(net: nn.Module, images: Images) -> float:
-    """Top-1 accuracy of `net` in eval mode, in percent; its mode is restored."""
-    training = net.training
-    net.eval()
-    correct = sum((net(x)[0].argmax(1) == y).sum() for x, y in images.batches())
-    net.train(training)
-    return 100 * int(correct) / len(images)
-
-
-class Graph:
-    """A training step as one CUDA graph: the host starts it with a single call in place of a launch for each kernel.
-
-    The first WARM_UP batches are real steps on the stream of the capture, on which cuDNN and the optimiser set up what they
-    keep. Then the step is captured with the first batch's shapes; from there on such a batch is copied to where the graph
-    reads it and the graph is replayed. Batches of other shapes, like the last of an epoch, run as they are.
-    """
-
-    WARM_UP = 3
-
-    def __init__(self, step: Callable[..., Tensor]):
-        self.step, self.shapes, self.warm, self.graph = step, None, 0, None
-
-    def __call__(self, *batch: Tensor) -> Tensor:
-        shapes = [tensor.shape for tensor in batch]
-        self.shapes = self.shapes or shapes
-        if shapes != self.shapes:
-            return self.step(*batch)
-        if self.warm < self.WARM_UP:
-            return self.warm_up(*batch)
-        if self.graph is None:
-            self.capture(batch)  # records the step without taking it
-        for place, tensor in zip(self.batch, batch):
-            place.copy_(tensor)
-        self.graph.replay()
-        return self.sums
-
-    def warm_up(self, *batch: Tensor) -> Tensor:
-        if self.warm == 0:
-            self.stream = torch.cuda.Stream()
-        self.warm += 1
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            sums = self.step(*batch)
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return sums
-
-    def capture(self, batch: tuple[Tensor, ...]) -> None:
-        self.graph, self.batch = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in batch]
-        try:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.sums = self.step(*self.batch)
-        except RuntimeError as error:
-            cause = one_line(error.__context__ or error)  # the end of a failed capture is an error of its own
-            fail(f"this step cannot be a CUDA graph ({cause}): continue with the same command without CUDA_GRAPH=1")
-
-
-def graphed(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The training step; on CUDA, with CUDA_GRAPH=1 in the environment, as a CUDA graph. No GPU has verified that yet.
-
-    `step` takes tensors, returns one tensor, and reads nothing else that changes: a Python number or a random draw of the
-    host would keep for ever the value it had in the capture. What a call returns is overwritten by the next one: add it up,
-    do not collect it.
-    """
-    if not GRAPH:
-        return step
-    graph = Graph(step)
-    return lambda *batch: (graph if batch[0].is_cuda else step)(*batch)
-
-
-# Teachers
-
-
-def load_weights(net: nn.Module, file: Path) -> None:
-    """Load a state dict, bare or under "model" or "state_dict", with or without "module." before its names.
-
-    Anything that is not the weights of such a network ends the program with one line. Nothing in the file can run code.
-    """
-    try:
-        with warnings.catch_warnings(action="ignore"):  # what is wrong is said below
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        fail(f"{file} is no plain file of tensors; as anything else could run code, it is not loaded: save its weights alone")
-    except Exception as error:  # torch.load has a different type for every way in which a file can be broken
-        fail(f"{file} is not a checkpoint that torch can read ({one_line(error)})")
-    for key in "model", "state_dict":
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        fail(f"{file} holds no state dict (names with tensors), neither bare nor under 'model' or 'state_dict'")
-    state = {name.removeprefix("module."): value for name, value in state.items()}
-    own = net.state_dict()
-    state |= {name: own[name] for name in own.keys() - state.keys() if name.endswith("num_batches_tracked")}
-    wrong = [name for name in own | state if name not in own or name not in state or own[name].shape != state[name].shape]
-    weight, bias = list(own)[-2:]  # the classifier's
-    if wrong and set(wrong) <= {weight, bias} <= state.keys():
-        fail(f"{file} was trained for {len(state[bias])} classes, this data set has {len(own[bias])}")
-    if wrong:
-        fail(f"{file} holds another network's weights: the first difference is {wrong[0]}")
-    net.load_state_dict(state)
-
-
-def find_teacher(args: Any) -> tuple[Path, str, int | None]:
-    """File of args.teacher's weights, its name for people, and the epochs it was trained for; trains one if there is none."""
-
-    def epochs(record: Path) -> int | None:
-        return json.loads(record.read_text())["epochs"] if record.exists() else None
-
-    if args.teacher_weights is not None:
-        return args.teacher_weights, str(args.teacher_weights), epochs(args.teacher_weights.with_name("result.json"))
-    shipped = ROOT / "teachers" / args.dataset / f"{args.teacher}.pt"
-    if shipped.exists():
-        return shipped, str(shipped.relative_to(ROOT)), epochs(shipped.with_suffix(".json"))
-    # Of the flags given here, those that vanilla.py would not take by itself
-    vanilla = SimpleNamespace(student=args.teacher, lr=None, milestones=None, epochs=args.epochs)
-    resolve(vanilla)
-    defaults = {"epochs": 240, "batch_size": 64, "milestones": vanilla.milestones}
-    flags = {flag: value for flag, value in unlike_defaults(args).items() if flag in defaults and value != defaults[flag]}
-
-    def place(flags: dict[str, Any]) -> Path:
-        return Path(args.runs) / run_name("vanilla", [args.teacher, args.dataset], flags, 1)
-
-    if (place({}) / "result.json").exists() or in_use(place({})):  # the full teacher, or it is being trained
-        flags = {}
-    if not (place(flags) / "result.json").exists():
-        train_teacher(args, flags, place(flags))
-    return place(flags) / "student.pt", str(place(flags)), epochs(place(flags) / "result.json")
-
-
-def train_teacher(args: Any, flags: dict[str, Any], folder: Path) -> None:
-    """Run methods/vanilla.py as a user would until `folder` holds a finished run, or wait for the process that does so."""
-    script, result = ROOT / "methods" / "vanilla.py", folder / "result.json"
-    if not script.exists() and not result.exists():
-        fail(f"no teacher {args.teacher} for {args.dataset}, and no {script} to train one: give --teacher-weights FILE")
-    options = dict(student=args.teacher, dataset=args.dataset, data=args.data, runs=args.runs, device=args.device, seed=1) | flags
-    command = [sys.executable, str(script)]
-    for flag, value in options.items():
-        command += [f"--{flag.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-    while not result.exists():
-        if in_use(folder):
-            print(f"waiting for the process that trains the teacher in {folder}", flush=True)
-            while in_use(folder):
-                time.sleep(1)
-        else:
-            print(f"no teacher {args.teacher} for {args.dataset} yet, training one: {shlex.join(command[1:])}", flush=True)
-            code = subprocess.run(command).returncode
-            if not result.exists() and not in_use(folder):
-                fail(f"training the teacher ended with exit code {code}: continue with the same command", code if code > 0 else 1)
-
-
-def load_teacher(args: Any, test: Images) -> nn.Module:
-    """The trained network args.teacher, frozen and in eval mode; its attribute `record` says which one, as result.json does.
-
-    Taken from --teacher-weights; else teachers/<dataset>/<name>.pt; else a finished run of methods/vanilla.py with default
-    settings; else one with the epochs, milestones and batch size given here, which is trained if it does not exist yet.
-    """
-    file, source, epochs = find_teacher(args)
-    teacher = build(args.teacher, test.classes, args.device)
-    load_weights(teacher, file)
-    teacher.eval().requires_grad_(False)
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    teacher.record = dict(name=args.teacher, accuracy=accuracy(teacher, test), sha256=sha256, source=source, epochs=epochs)
-    known = f"{teacher.record['accuracy']:.2f} % test accuracy, {epochs or 'unknown'} epochs, {source}, SHA-256 {sha256[:12]}"
-    print(f"teacher     {args.teacher}, {known}", flush=True)
-    return teacher
-
-
-# Runs
-
-
-def take_lock(path: Path) -> IO | None:
-    """Hold a file against all other processes until it is closed or this process ends in any way; None if one holds it."""
-    file = open(path, "a")  # noqa: SIM115, it stays open
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError as error:
-        fail(f"{path} cannot be locked ({error.strerror}): name a folder on another file system with --runs")
-    return file
-
-
-def in_use(folder: Path) -> bool:
-    """Whether a process is working in a run's folder."""
-    lock = take_lock(folder / ".lock") if folder.exists() else None
-    if lock:
-        lock.close()
-    return folder.exists() and lock is None
-
-
-def write(path: Path, content: bytes | str) -> None:
-    """Replace `path` in one step, on the disk: a crash or a full disk leaves the old file whole."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({error.strerror}), what was there is intact: make room and continue with the same command")
-
-
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """What torch.save makes of `state`, then its SHA-256."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write(path, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        fail(f"{path} is damaged, its SHA-256 differs: put back a good copy, or delete it to start this run again")
-    return torch.load(io.BytesIO(content[:-32]), map_location="cpu", weights_only=True)
-
-
-def resolve(args: Any, epochs: int | None = None) -> None:
-    """Fill in the flags whose default depends on others: the learning rate, and the milestones of `epochs` or args.epochs."""
-    if args.lr is None:
-        args.lr = 0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05
-    if args.milestones is None:
-        drops = getattr(args, "drops", (5 / 8, 6 / 8, 7 / 8))
-        args.milestones = tuple(sorted({int((epochs or args.epochs) * drop) for drop in drops} - {0}))
-
-
-def check(args: Any) -> None:
-    """Refuse values of the shared flags that make no sense, each with one line and exit code 2."""
-    for flag, value in vars(args).items():
-        wrong = None
-        if flag in ("teacher", "student", "peer") and value not in NETWORKS:
-            wrong = f"is unknown: take one of {', '.join(NETWORKS)}"
-        elif flag == "dataset" and value not in DATASETS:
-            wrong = f"is unknown: take one of {', '.join(DATASETS)}"
-        elif flag == "teacher_weights" and value is not None and not value.is_file():
-            wrong = "does not exist"
-        elif isinstance(value, float) and not math.isfinite(value):
-            wrong = "must be a finite number"
-        elif flag in ("epochs", "init_epochs", "batch_size") and value < 1:
-            wrong = "must be at least 1"
-        elif flag in ("lr", "kd_temperature") and value <= 0:
-            wrong = "must be above 0"
-        elif flag == "seed" and not 0 <= value < 2**63:
-            wrong = "must be from 0 to 2**63 - 1"
-        elif (flag == "weight_decay" or flag.endswith("temperature")) and value < 0:
-            wrong = "must not be negative"
-        elif flag == "milestones" and list(value) != sorted({epoch for epoch in value if epoch > 0}):
-            wrong = "must be positive and ascending"
-        elif flag == "device" and not re.fullmatch(r"cpu|cuda(:\d+)?", value):
-            wrong = "is unknown: cpu, cuda, cuda:1, ..."
-        elif flag == "device" and value != "cpu" and int(value[5:] or 0) >= torch.cuda.device_count():
-            wrong = "is not here: PyTorch sees no such GPU; --device cpu works without one"
-        if wrong:
-            fail(f"--{flag.replace('_', '-')} {shown(value)} {wrong}", 2)
-
-
-def unlike_defaults(args: Any) -> dict[str, Any]:
-    """The settings that differ from what the script does without flags, besides those that a run's name always shows."""
-    default = type(args)(student=args.student)
-    resolve(default, args.epochs)  # milestones that follow from the number of epochs are no setting of their own
-    apart = ("teacher", "peer", "student", "dataset", "seed", "data", "runs", "device")
-    return {flag: value for flag, value in vars(args).items() if flag not in apart and value != getattr(default, flag)}
-
-
-def shown(value: Any) -> str:
-    """A setting in words: 1 for 1.0, a list with commas, a file by the start of its SHA-256."""
-    if isinstance(value, Path):
-        return hashlib.sha256(value.read_bytes()).hexdigest()[:8] if value.is_file() else str(value)
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value).removesuffix(".0")
-
-
-def run_name(method: str, what: list[str], flags: dict[str, Any], seed: int) -> str:
-    """<method>__<teacher>__<student>__<dataset>[__flag=value ...]__seed<n>"""
-    settings = [f"{flag.replace('_', '-')}={shown(value)}" for flag, value in flags.items()]
-    return "__".join([method, *what, *settings, f"seed{seed}"])
-
-
-def run_folder(method: str, args: Any) -> Path:
-    """Where a run with these resolved settings lives."""
-    what = [getattr(args, role) for role in ("teacher", "peer", "student", "dataset") if hasattr(args, role)]
-    return Path(args.runs) / run_name(method, what, unlike_defaults(args), args.seed)
-
-
-def git(*words: str) -> str | None:
-    """What git says about the checkout this file is in; None outside one."""
-    try:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def hardware(device: str) -> dict[str, Any]:
-    """Name and driver of the device ("cpu" and None on a CPU), threads and torch version: what a record is to be read with."""
-    name, driver = device, None
-    if device != "cpu":
-        name = torch.cuda.get_device_name(device)
-        with contextlib.suppress(OSError, IndexError, subprocess.CalledProcessError):
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    return dict(device=name, driver=driver, threads=torch.get_num_threads(), torch=torch.__version__)
-
-
-def count(module: nn.Module) -> int:
-    """Number of learnable parameters."""
-    return sum(p.numel() for p in module.parameters())
-
-
-class Run:
-    """The folder of one run: settings, log, checkpoints, the student, the result.
-
-    Started again with the same command, a run that was killed at any moment goes on from its last checkpoint and ends with
-    the same weights and log rows (on a CPU bit for bit at the same number of threads); a finished one prints its result and
-    ends with exit code 0. A checkpoint is written at the end of a phase, and after an epoch if the last one is SAVE_EVERY
-    seconds old.
-    """
-
-    def __init__(self, script: str, args: Any):
-        resolve(args)
-        check(args)
-        signal.signal(signal.SIGINT, lambda *_: fail("interrupted: continue with the same command", 130))
-        if args.device != "cpu":  # the same sums in the same order, so that a resumed run ends as an uninterrupted one
-            torch.cuda.set_device(torch.device(args.device).index or 0)  # for what takes no device, like a stream
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # else a further kernel for each new tensor
-            if GRAPH:
-                print("note: CUDA_GRAPH=1 replays the step as a CUDA graph, which no GPU has verified yet", flush=True)
-        self.args, self.method, self.unlike_defaults = args, Path(script).stem, unlike_defaults(args)
-        self.settings = json.loads(json.dumps(dataclasses.asdict(args), default=str))
-        self.folder = run_folder(self.method, args)
-        self.rows: list[dict[str, Any]] = []
-        self.parameters: dict[int, int] = {}  # of all phases
-        self.commit, self.dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-        self.open(Path(script))
-
-    def open(self, script: Path) -> None:
-        """Take the folder for this process, and make sure that what lies in it was made with the same settings."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = take_lock(self.folder / ".lock")
-            if self.lock is None:  # perhaps for the moment in which `in_use` looks
-                time.sleep(0.5)
-                self.lock = take_lock(self.folder / ".lock")
-        except OSError as error:
-            fail(f"cannot use the folder {self.folder} ({error.strerror}): name another one with --runs")
-        if self.lock is None:
-            fail(f"{self.folder} is in use by another process: wait for it, or name another folder with --runs")
-        file, result = self.folder / "args.json", self.folder / "result.json"
-        try:
-            found = json.loads(file.read_text()) if file.exists() else self.settings
-            places = ("data", "runs")  # which change nothing about the run
-            differing = [flag for flag, value in self.settings.items() if found.get(flag) != value and flag not in places]
-        except (ValueError, AttributeError):
-            fail(f"{file} is damaged: delete the folder to start this run again")
-        if differing and not (result.exists() and differing == ["device"]):  # a result can be shown on any device
-            flag, began = differing[0], found.get(differing[0])
-            fail(f"{file} says that the run began with {flag} {began}, not {self.settings[flag]}: take that, or another --runs")
-        if result.exists():
-            try:
-                self.show(json.loads(result.read_text()))
-            except (ValueError, KeyError):
-                fail(f"{result} is damaged: delete the folder to start this run again")
-            raise SystemExit(0)
-        for source in script, Path(__file__):
-            copy = self.folder / source.name
-            if not (file.exists() and copy.exists()):
-                write(copy, source.read_bytes())
-            elif copy.read_bytes() != source.read_bytes():
-                print(f"note: {source.name} is no longer the one this run began with, which {self.folder} keeps", flush=True)
-        write(file, json.dumps(self.settings, indent=1) + "\n")
-
-    def epochs(self, total: int, trained: nn.ModuleDict, optimizer: Any, schedule: Any, phase: str = "") -> Iterator[int]:
-        """The epochs still to do of `total`, counted from 1, of the run or of one phase of it; call `log` once in each.
-
-        Before the first one the last checkpoint is loaded into the three. A finished phase loads its end and yields nothing.
-        """
-        file = self.folder / (f"checkpoint-{phase}.pt" if phase else "checkpoint.pt")
-        self.introduce(trained, phase)
-        state = read_checkpoint(file) if file.exists() else {"rows": []}
-        if state["rows"]:
-            try:
-                trained.load_state_dict(state["trained"])
-                optimizer.load_state_dict(state["optimizer"])
-            except (KeyError, RuntimeError, ValueError) as error:
-                fail(f"{file} does not fit this script ({one_line(error)}): delete {self.folder} to start again")
-            schedule.load_state_dict(state["schedule"])
-            print(f"continuing after epoch {len(state['rows'])} of {total}", flush=True)
-        for group in optimizer.param_groups:  # a graph reads the rate from the device, where the schedule changes it in place
-            on_device = GRAPH or self.args.device != "cpu"  # with or without a graph, so that both have the same float32
-            group["lr"] = torch.as_tensor(group["lr"], device=self.args.device).float() if on_device else float(group["lr"])
-        earlier = len(self.rows)
-        self.phase, self.total, self.rows = phase, total, self.rows + state["rows"]
-        saved = time.monotonic()
-        for epoch in range(len(state["rows"]) + 1, total + 1):
-            self.started = time.perf_counter()
-            yield epoch
-            if epoch == total or time.monotonic() - saved >= SAVE_EVERY:
-                state = dict(trained=trained.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
-                if not all(value.isfinite().all() for value in state["trained"].values()):
-                    self.diverged(f"a weight is no longer finite after epoch {epoch}")
-                write(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-                write_checkpoint(file, state | {"rows": self.rows[earlier:]})  # last: what it does not hold is done again
-                saved = time.monotonic()
-
-    def introduce(self, trained: nn.ModuleDict, phase: str) -> None:
-        """Say what is about to be trained, and count its parameters."""
-        self.parameters |= {id(p): p.numel() for p in trained.parameters()}
-        if phase:
-            print(f"phase       {phase}: {count(trained):,} parameters are trained", flush=True)
-            return
-        if not hasattr(self.args, "teacher"):
-            print("teacher     none")
-        settings = ", ".join(f"{flag.replace('_', '-')} {shown(value)}" for flag, value in self.unlike_defaults.items())
-        what = f"{self.args.student}, seed {self.args.seed}, {self.args.device}"
-        print(f"student     {what}; unlike the defaults: {settings or 'nothing'}")
-        student = count(trained["student"])
-        extra = sum(self.parameters.values()) - student
-        print(f"parameters  {student:,} in the student, {extra:,} more while training, {student:,} left at test time", flush=True)
-
-    def log(self, epoch: int, means: Tensor, test: float | None, schedule: Any, **more: Any) -> None:
-        """Print and keep one epoch's row. A loss that is not finite ends the run.
-
-        `means`: the mean loss and, where there is one, the share of right answers in training; `test`: test accuracy in
-        percent, if there is one; `more`: further numbers worth watching.
-        """
-        loss, *right = means.tolist()
-        if not math.isfinite(loss):
-            self.diverged(f"the loss became {loss} in epoch {epoch}")
-        row = {"phase": self.phase, "epoch": epoch, "loss": loss, "train": 100 * right[0] if right else None, "test": test}
-        rate = float(schedule.get_last_lr()[0])
-        row |= {"lr": float(f"{rate:.6g}"), "seconds": round(time.perf_counter() - self.started, 3)}
-        more = {name: torch.as_tensor(value).item() for name, value in more.items()}
-        self.rows.append(row | more)
-        shares = "".join(f"  {name} {row[name]:5.2f} %" for name in ("train", "test") if row[name] is not None)
-        shares += "".join(f"  {name} {value:.4g}" for name, value in more.items())
-        times = f"{clock(row['seconds'])}  left {clock(row['seconds'] * (self.total - epoch))}"
-        print(f"epoch {epoch:3}/{self.total}  loss {loss:.4f}{shares}  lr {row['lr']:.2g}  {times}", flush=True)
-
-    def diverged(self, what: str) -> NoReturn:
-        fail(f"{what}: try a smaller --lr; {self.folder} keeps its last good checkpoint")
-
-    def finish(self, student: nn.Module, teacher: nn.Module | None = None) -> float:
-        """Save the student's weights (float32, contiguous) and the result; give the last epoch's test accuracy in percent."""
-        buffer = io.BytesIO()
-        torch.save({name: value.cpu().contiguous() for name, value in student.state_dict().items()}, buffer)
-        write(self.folder / "student.pt", buffer.getvalue())
-        rows = [row for row in self.rows if row["phase"] == ""]
-        best = max(rows, key=lambda row: row["test"])
-        result = dict(method=self.method, args=self.settings, last=rows[-1]["test"], best=best["test"], best_epoch=best["epoch"])
-        result["teacher"] = teacher and teacher.record
-        extra = sum(self.parameters.values()) - count(student)
-        result["parameters"] = dict(student=count(student), extra=extra, at_test=count(student))
-        result |= dict(epochs=len(rows), seconds=round(sum(row["seconds"] for row in self.rows), 1))
-        graph = GRAPH and self.args.device != "cpu"
-        result |= hardware(self.args.device) | dict(cuda_graph=graph, commit=self.commit, dirty=self.dirty)
-        write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
-        self.show(result)
-        return result["last"]
-
-    def show(self, result: dict[str, Any]) -> None:
-        """Print a result in one line."""
-        accuracies = f"last {result['last']:.2f} %, best {result['best']:.2f} % (epoch {result['best_epoch']})"
-        print(f"result      {accuracies}, {result['epochs']} epochs in {clock(result['seconds'])}: {self.folder}", flush=True)

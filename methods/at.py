@@ -1,25 +1,20 @@
 """AT: Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks via Attention Transfer.
 Zagoruyko and Komodakis, 2017, arXiv 1612.03928.
 
-Where a map is strong, summed over its channels, shows where the network looks. The student must look where the teacher
-looks, stage by stage; the numbers of channels need not agree.
+The energy of a feature map at each position, averaged over the channels, shows where the network attends. The student must
+attend where the teacher does, at every stage. The numbers of channels may differ.
 
-    Q(f)  = n(mean over channels of f^2) as a vector of H * W positions,   n(v) = v / |v|         Eq. 1
-    L_at  = sum over stages 1 ... k of the mean over batch and positions of (Q(f_s) - Q(f_t))^2   Eq. 2
-    L     = r * CE + a * T^2 * KL(p_t || p_s) + beta * L_at                                       Eq. 3
+    Q(f) = a / |a|,   a = mean of f^2 over the channels, a vector of H W positions
+    L_at = sum over stages 1 ... k of mean (Q(f_s) - Q(f_t))^2       over batch and positions
+    KD   = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
+    L    = ce_weight CE + kd_weight KD + at_weight L_at
 
-r = 1, a = 0, beta = 1000. Where the maps of a stage differ in side, the larger one is average-pooled first. The equation
-numbers are ours.
-
+Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/AT.py), the source of the published tables; the loss is also that of
+the authors' code, szagoruyko/attention-transfer@893df54. Published: resnet56/resnet20 70.55 (last epoch). Its mobilenetv2
+students (59.40 from vgg13, 58.58 from resnet50) fall below one trained alone (64.60).
 Differences
-- from the paper: it writes beta / 2 times the norm of Q(f_s) - Q(f_t); its authors' own code and nearly all since take
-  the mean square, as here. On 8x8 maps whose Q are 0.15 apart the two differ by a factor of 213.
-- from the authors' code (szagoruyko/attention-transfer, commit 893df54, utils.py) and from RepDistiller's (HobbitLong/
-  RepDistiller, commit b84f547, distiller_zoo/AT.py): none.
-- kept although odd: the mean over positions ties a stage's weight to its side, a 32x32 map counts a sixteenth of an 8x8 one.
-  The published mobilenetv2 students (59.40 from vgg13, 58.58 from resnet50) are worse than one trained alone, 64.60.
-
-    python methods/at.py --teacher resnet56 --student resnet20
+- from the paper: it writes (beta / 2) |Q(f_s) - Q(f_t)|; the authors' code and most code since take the mean square.
+- from the code: none in the loss.
 """
 
 import sys
@@ -34,109 +29,95 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from common import Run, accuracy, build, fail, graphed, load_data, load_teacher, shapes
+from common import DistillArgs, Positive, Run, accuracy, build, cuda_graph, fail, feature_shapes, load_data, load_teacher
 
 
 @dataclass
-class Args:
+class Args(DistillArgs):
     teacher: str = "resnet56"
-    """the trained network to learn from, a name in common.NETWORKS"""
     student: str = "resnet20"
-    """the network to train, a name in common.NETWORKS"""
-    dataset: str = "cifar100"
-    """cifar100, cifar10, or synthetic (small, nothing to download)"""
-    data: Path = Path("data")
-    """folder of the data sets"""
-    runs: Path = Path("runs")
-    """folder in which this run makes its own"""
-    seed: int = 1
-    """seed of the weights, the order of the images and their views"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cuda, cuda:1, ... or cpu"""
-    teacher_weights: Path | None = None
-    """checkpoint of the teacher; by default one in teachers/, else a run of methods/vanilla.py, which is started if need be"""
     epochs: int = 240
-    """passes over the training images"""
     batch_size: int = 64
-    """images a step; the last, smaller batch of an epoch is kept"""
     lr: float | None = None
-    """learning rate at the start; by default 0.05, but 0.01 for mobilenetv2, shufflenetv1 and shufflenetv2"""
-    milestones: tuple[int, ...] | None = None
-    """epochs after which the learning rate falls to a tenth; by default 5/8, 6/8 and 7/8 of all"""
+    milestones: tuple[int, ...] = ()
+    momentum: float = 0.9
     weight_decay: float = 5e-4
-    """on all parameters, those of batch norm and of auxiliary modules too"""
     ce_weight: float = 1.0
-    """r, weight of the cross-entropy with the labels"""
+    """weight of the cross-entropy with the labels"""
     kd_weight: float = 0.0
-    """a, weight of the KD term"""
-    kd_temperature: float = 4.0
-    """T, by which both networks' logits are divided in the KD term"""
+    """weight of the KD term"""
+    kd_temperature: Positive = 4.0
+    """softmax temperature of the KD term"""
     at_weight: float = 1000.0
-    """beta, weight of the attention term"""
+    """weight of the attention term"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(p_t || p_s) of logits (B, C): summed over the classes, averaged over the batch."""
-    log_p_s = F.log_softmax(z_s / temperature, 1)
-    log_p_t = F.log_softmax(z_t / temperature, 1)
+    """T^2 KL(p_t || p_s) of logits (B, C), summed over classes, averaged over the batch."""
+    log_p_s = F.log_softmax(z_s / temperature, dim=1)
+    log_p_t = F.log_softmax(z_t / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
 
 
-def same_side(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps (B, C_s, H_s, W_s) and (B, C_t, H_t, W_t), the larger ones average-pooled to the side of the smaller ones."""
-    side_s, side_t = f_s.shape[2], f_t.shape[2]
-    if side_s > side_t:
-        f_s = F.adaptive_avg_pool2d(f_s, side_t)
-    elif side_t > side_s:
-        f_t = F.adaptive_avg_pool2d(f_t, side_s)
-    return f_s, f_t
+def same_side(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, ...]:
+    """Two maps (B, C, H, W) at the lower resolution of the two: the larger is average-pooled."""
+    side = min(f_s.shape[2], f_t.shape[2])
+    return tuple(f if f.shape[2] == side else F.adaptive_avg_pool2d(f, side) for f in (f_s, f_t))
 
 
 def attention(f: Tensor) -> Tensor:
-    """Q of maps (B, C, H, W): unit vectors (B, H * W)."""
-    return F.normalize(f.square().mean(1).flatten(1), dim=1)  # Eq. 1
+    """Q of maps (B, C, H, W): unit vectors (B, H W)."""
+    return F.normalize(f.square().mean(1).flatten(1), dim=1)
 
 
 def at_loss(maps_s: list[Tensor], maps_t: list[Tensor]) -> Tensor:
-    """The attention term for the maps of the stages, (B, C, H, W) each, as many of the student as of the teacher."""
-    pairs = [same_side(f_s, f_t) for f_s, f_t in zip(maps_s, maps_t, strict=True)]
-    return sum((attention(f_s) - attention(f_t)).square().mean() for f_s, f_t in pairs)  # Eq. 2
+    """L_at of the stages' maps, each (B, C, H, W)."""
+    loss = 0
+    for f_s, f_t in zip(maps_s, maps_t, strict=True):
+        q_s, q_t = (attention(f) for f in same_side(f_s, f_t))
+        loss = loss + (q_s - q_t).square().mean()  # because of the mean, a 32x32 map counts 1/16 as much as an 8x8 map
+    return loss  # L_at
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # a run that is already finished prints its result and ends here
+    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
     train, test = load_data(args)
-    teacher = load_teacher(args, test)  # frozen, in eval mode
+    teacher = load_teacher(run, test)  # frozen, in eval mode
 
-    torch.manual_seed(args.seed)  # right before the student: the same student for every teacher and method
+    torch.manual_seed(args.seed)  # the same initial student for every method
     student = build(args.student, train.classes, args.device)
-    stages_s, stages_t = len(shapes(student).maps) - 1, len(shapes(teacher).maps) - 1
+    stages_s, stages_t = (len(feature_shapes(net, train.size).maps) - 1 for net in (student, teacher))
     if stages_s != stages_t:
-        fail(f"AT compares stage by stage: {args.student} has {stages_s} stages, {args.teacher} {stages_t}", 2)
-    trained = nn.ModuleDict(dict(student=student))  # what the optimiser trains and a checkpoint holds
-    optimizer = SGD(trained.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    schedule = MultiStepLR(optimizer, args.milestones, gamma=0.1)
+        fail(f"AT compares stage by stage, but {args.student} has {stages_s} stages and {args.teacher} {stages_t}", 2)
+    trained = nn.ModuleDict(dict(student=student)).to(args.device)  # optimized and checkpointed
+    lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
+    optimizer = SGD(trained.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    milestones = args.milestones or sorted({args.epochs * k // 8 for k in (5, 6, 7)} - {0})
+    scheduler = MultiStepLR(optimizer, milestones, gamma=0.1)
 
-    @graphed
+    @cuda_graph
     def step(x, y, index):
         with torch.no_grad():
             z_t, features_t = teacher(x)
         z_s, features_s = student(x)
 
-        loss = args.ce_weight * F.cross_entropy(z_s, y)
-        loss = loss + args.kd_weight * kd_loss(z_s, z_t, args.kd_temperature)
-        loss = loss + args.at_weight * at_loss(features_s.maps[1:], features_t.maps[1:])  # Eq. 3
+        loss_ce = F.cross_entropy(z_s, y)
+        loss_kd = kd_loss(z_s, z_t, args.kd_temperature)
+        loss_at = at_loss(features_s.maps[1:], features_t.maps[1:])
+        loss = args.ce_weight * loss_ce + args.kd_weight * loss_kd + args.at_weight * loss_at
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return torch.stack([loss.detach() * len(y), (z_s.argmax(1) == y).sum()])
+        return dict(loss=loss, ce=loss_ce, kd=loss_kd, at=loss_at, accuracy=(z_s.argmax(1) == y).float().mean())
 
-    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, scheduler=scheduler):  # resumes and saves
         trained.train()
-        sums = sum(step(*batch) for batch in train.epoch(epoch))
-        run.log(epoch, sums / len(train), accuracy(student, test), schedule)
-        schedule.step()
+        meter = run.meter(len(train))  # sums on the device, read once per epoch
+        for x, y, index in train.epoch(epoch):
+            meter.add(step(x, y, index), len(y))
+        run.log(epoch, train=meter.mean(), test=accuracy(student, test))
+        scheduler.step()
     return run.finish(student, teacher)
 
 

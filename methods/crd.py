@@ -1,30 +1,27 @@
 """CRD: Contrastive Representation Distillation. Tian, Krishnan and Isola, 2020, arXiv 1910.10699.
 
-An image's student vector must pick the same image's teacher vector among those of thousands of images of other classes, and
-the other way round. Two banks keep one vector of every training image, one bank for each network.
+The student vector of an image must pick out the teacher vector of the same image among those of thousands of images of other
+classes, and vice versa. Two memory banks, one per network, hold a vector of every training image.
 
-    e_s, e_t  = normalised linear projections of the pooled features f_s, f_t                             Eq. 1
-    u_ij      = exp(<e_s,i, m_t,j> / tau) / Z_s,   m_t the teacher's bank                                 Eq. 2
-    h(u)      = u / (u + K / N),   K negatives an image, N training images                                Eq. 3
-    L_s       = -mean over i of [ ln h(u_ii) + sum over the negatives j of i of ln(1 - h(u_ij)) ]         Eq. 4
-    m_i       = normalised c * m_i + (1 - c) * e_i, in both banks, after the losses                       Eq. 5
-    L         = r * CE + a * T^2 * KL(p_t || p_s) + beta * (L_s + L_t),   L_t with the roles swapped      Eq. 6
+    e_s, e_t = normalize(W_s f_s), normalize(W_t f_t)            f: pooled features, the classifier's input
+    u_ij     = exp(<e_s_i, m_t_j> / crd_temperature) / Z_s       m_s, m_t: the banks
+    Z_s      = N mean_ij exp(<e_s_i, m_t_j> / crd_temperature)   over the first batch, constant from then on
+    h(u)     = u / (u + K / N)                                   K = negatives, N training images
+    L_s      = -mean_i (log h(u_ii) + sum_j log(1 - h(u_ij)))    j: K images of other classes; L_t: s and t swapped
+    m_s_i   <- normalize((m_s_i + e_s_i) / 2)                    after the losses; likewise m_t_i
+    KD       = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
+    L        = ce_weight CE + kd_weight KD + crd_weight (L_s + L_t)
 
-r = 1, a = 0, beta = 0.8, tau = 0.07, K = 16384, c = 0.5; a = 1 makes CRD+KD. Z is N times the mean of the first batch's
-exponentials, and constant from then on. The equation numbers are ours.
-
+Taken from the authors' code, HobbitLong/RepDistiller@b84f547 (crd/, mode exact), the source of the published tables.
+Published: resnet56/resnet20 71.16 (last epoch), with KD 71.63 (quoted from the paper).
 Differences
-- from the paper: Z, and 1e-7 added to the denominators of h and 1 - h, stand in its authors' code alone.
-- from its authors' code (HobbitLong/RepDistiller, commit b84f547, crd/, mode exact): negatives are drawn on the device and
-  with replacement (there without, by numpy, 45 core-seconds an epoch); a product scores all images and the drawn ones are
-  picked (there the drawn vectors are copied, 0.5 GiB a bank); banks and Z are in the checkpoint (there a stop loses them).
-- kept although odd: the teacher's projection is trained too; the positive is what the bank holds of the image, an epoch old.
-
-    python methods/crd.py --teacher resnet56 --student resnet20
+- from the paper: Z, and the 1e-7 in the denominators of h and 1 - h, appear only in the code.
+- from the code: negatives are drawn on the device with replacement. There numpy draws without, at 45 core-seconds per epoch.
+- from the code: one matrix product scores all images. There the vectors of the negatives are copied, 0.5 GiB per bank.
+- from the code: banks and Z are in the checkpoint, so that a run can resume.
 """
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,143 +33,138 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from common import Images, Run, accuracy, build, fail, graphed, load_data, load_teacher, shapes
+from common import DistillArgs, Positive, PositiveInt, Run, accuracy, build, cuda_graph, feature_shapes, load_data, load_teacher
 
 
 @dataclass
-class Args:
+class Args(DistillArgs):
     teacher: str = "resnet56"
-    """the trained network to learn from, a name in common.NETWORKS"""
     student: str = "resnet20"
-    """the network to train, a name in common.NETWORKS"""
-    dataset: str = "cifar100"
-    """cifar100, cifar10, or synthetic (small, nothing to download)"""
-    data: Path = Path("data")
-    """folder of the data sets"""
-    runs: Path = Path("runs")
-    """folder in which this run makes its own"""
-    seed: int = 1
-    """seed of the weights, the order of the images and their views"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cuda, cuda:1, ... or cpu"""
-    teacher_weights: Path | None = None
-    """checkpoint of the teacher; by default one in teachers/, else a run of methods/vanilla.py, which is started if need be"""
     epochs: int = 240
-    """passes over the training images"""
     batch_size: int = 64
-    """images a step; the last, smaller batch of an epoch is kept"""
     lr: float | None = None
-    """learning rate at the start; by default 0.05, but 0.01 for mobilenetv2, shufflenetv1 and shufflenetv2"""
-    milestones: tuple[int, ...] | None = None
-    """epochs after which the learning rate falls to a tenth; by default 5/8, 6/8 and 7/8 of all"""
+    milestones: tuple[int, ...] = ()
+    momentum: float = 0.9
     weight_decay: float = 5e-4
-    """on all parameters, those of batch norm and of auxiliary modules too"""
     ce_weight: float = 1.0
-    """r, weight of the cross-entropy with the labels"""
+    """weight of the cross-entropy with the labels"""
     kd_weight: float = 0.0
-    """a, weight of the KD term; 1 for CRD+KD"""
-    kd_temperature: float = 4.0
-    """T, by which both networks' logits are divided in the KD term"""
+    """weight of the KD term; 1 gives CRD+KD"""
+    kd_temperature: Positive = 4.0
+    """softmax temperature of the KD term"""
     crd_weight: float = 0.8
-    """beta, weight of the CRD term"""
-    crd_temperature: float = 0.07
-    """tau, by which the similarities are divided"""
-    negatives: int = 16384
-    """K, negatives an image; never more than there are images of other classes"""
+    """weight of the CRD term"""
+    crd_temperature: Positive = 0.07
+    """temperature of the similarities"""
+    negatives: PositiveInt = 16384
+    """negatives per image, drawn from the images of other classes"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(p_t || p_s) of logits (B, C): summed over the classes, averaged over the batch."""
-    log_p_s = F.log_softmax(z_s / temperature, 1)
-    log_p_t = F.log_softmax(z_t / temperature, 1)
+    """T^2 KL(p_t || p_s) of logits (B, C), summed over classes, averaged over the batch."""
+    log_p_s = F.log_softmax(z_s / temperature, dim=1)
+    log_p_t = F.log_softmax(z_t / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
 
 
 class CRD(nn.Module):
-    """The CRD term for pooled features f_s (B, d_s) and f_t (B, d_t); both projections are trained, banks and Z are buffers."""
+    """L_s + L_t of pooled features f_s (B, dim_s) and f_t (B, dim_t). Banks and Z are buffers, so that checkpoints hold them."""
 
-    def __init__(self, d_s: int, d_t: int, images: int, temperature: float = 0.07, momentum: float = 0.5, width: int = 128):
+    def __init__(self, dim_s: int, dim_t: int, images: int, temperature: float, momentum: float = 0.5, dim: int = 128):
         super().__init__()
-        self.project_s = nn.Linear(d_s, width)
-        self.project_t = nn.Linear(d_t, width)
-        bound = (3 / width) ** 0.5
-        for side in "st":
-            self.register_buffer(f"bank_{side}", torch.empty(images, width).uniform_(-bound, bound))
-            self.register_buffer(f"constant_{side}", torch.zeros(()))  # Z, 0 until the first batch sets it
+        self.project_s = nn.Linear(dim_s, dim)  # W_s
+        self.project_t = nn.Linear(dim_t, dim)  # W_t: trained, although the teacher is not
+        bound = (3 / dim) ** 0.5
+        self.register_buffer("bank_s", torch.empty(images, dim).uniform_(-bound, bound))  # m_s
+        self.register_buffer("bank_t", torch.empty(images, dim).uniform_(-bound, bound))  # m_t
+        self.register_buffer("Z_s", torch.tensor(0.0))  # 0 until the first batch sets it
+        self.register_buffer("Z_t", torch.tensor(0.0))
         self.temperature, self.momentum = temperature, momentum
 
     def forward(self, f_s: Tensor, f_t: Tensor, index: Tensor, negatives: Tensor) -> Tensor:
-        """`index` (B,) and `negatives` (B, K) are rows of the banks: the images themselves and those to tell them from."""
-        e_s = F.normalize(self.project_s(f_s), dim=1)  # Eq. 1
-        e_t = F.normalize(self.project_t(f_t), dim=1)  # Eq. 1
-        rows = torch.cat([index[:, None], negatives], 1)  # the positive first
-        loss = self.contrast(e_s, self.bank_t, self.constant_s, rows) + self.contrast(e_t, self.bank_s, self.constant_t, rows)
-        with torch.no_grad():
-            for bank, e in (self.bank_s, e_s), (self.bank_t, e_t):
-                bank[index] = F.normalize(self.momentum * bank[index] + (1 - self.momentum) * e, dim=1)  # Eq. 5
-        return loss
+        """`index` (B,) and `negatives` (B, K): rows of the banks for the images and for their negatives."""
+        e_s = F.normalize(self.project_s(f_s), dim=1)
+        e_t = F.normalize(self.project_t(f_t), dim=1)
+        rows = torch.cat([index[:, None], negatives], dim=1)  # the positive first: the bank's vector, one epoch old
+        loss_s = self.contrast(e_s, self.bank_t, self.Z_s, rows)  # L_s
+        loss_t = self.contrast(e_t, self.bank_s, self.Z_t, rows)  # L_t
+        self.update(self.bank_s, e_s, index)
+        self.update(self.bank_t, e_t, index)
+        return loss_s + loss_t
 
-    def contrast(self, e: Tensor, bank: Tensor, constant: Tensor, rows: Tensor, eps: float = 1e-7) -> Tensor:
-        """L_s or L_t of vectors e (B, width) and, for each, the `rows` (B, 1 + K) of the other network's bank."""
-        similarity = e @ bank.clone().T  # of a copy: the bank changes before the backward pass, which needs what was scored
-        scores = (similarity.gather(1, rows) / self.temperature).exp()
-        constant.copy_(torch.where(constant > 0, constant, scores.detach().mean() * len(bank)))
-        u = scores / constant  # Eq. 2
-        chance = (rows.shape[1] - 1) / len(bank)
-        log_h = (u[:, 0] / (u[:, 0] + chance + eps)).log()  # Eq. 3
-        log_not_h = (chance / (u[:, 1:] + chance + eps)).log()  # Eq. 3
-        return -(log_h + log_not_h.sum(1)).mean()  # Eq. 4
+    def contrast(self, e: Tensor, bank: Tensor, Z: Tensor, rows: Tensor, eps: float = 1e-7) -> Tensor:
+        similarity = e @ bank.clone().T  # cloned: the backward pass needs the bank as it was before the update
+        exp = (similarity.gather(1, rows) / self.temperature).exp()
+        Z.copy_(torch.where(Z > 0, Z, exp.detach().mean() * len(bank)))  # set by the first batch, constant from then on
+        u, noise = exp / Z, (rows.shape[1] - 1) / len(bank)  # u, K / N
+        log_h = (u[:, 0] / (u[:, 0] + noise + eps)).log()  # log h(u_ii)
+        log_not_h = (noise / (u[:, 1:] + noise + eps)).log()  # log(1 - h(u_ij))
+        return -(log_h + log_not_h.sum(1)).mean()
+
+    @torch.no_grad()
+    def update(self, bank: Tensor, e: Tensor, index: Tensor) -> None:
+        bank[index] = F.normalize(self.momentum * bank[index] + (1 - self.momentum) * e, dim=1)
 
 
-def with_negatives(batches: Iterator[tuple[Tensor, ...]], train: Images, k: int) -> Iterator[tuple[Tensor, ...]]:
-    """The batches, and with each k negatives an image (B, k): any image of another class, each as likely, with replacement."""
-    by_class = train.labels.argsort(stable=True)  # a class is a block here, and what is drawn skips the image's own
-    size = train.labels.bincount()
-    start = size.cumsum(0) - size
-    generator = torch.Generator(by_class.device)
-    for x, y, index in batches:
-        generator.manual_seed(int(torch.randint(2**62, (), generator=train.generator)))
-        own, first = size[y][:, None], start[y][:, None]
-        place = (torch.rand(len(y), k, dtype=torch.float64, generator=generator, device=y.device) * (len(by_class) - own)).long()
-        yield x, y, index, by_class[torch.where(place < first, place, place + own)]
+class NegativeSampler:
+    """Draws images of other classes, uniformly and with replacement, on the device of the labels (N,)."""
+
+    def __init__(self, labels: Tensor, generator: torch.Generator):
+        self.by_class = labels.argsort(stable=True)  # positions in the training set, sorted by class
+        self.size = labels.bincount()  # images per class
+        self.first = self.size.cumsum(0) - self.size  # where each class begins in by_class
+        self.generator = generator
+
+    def draw(self, y: Tensor, k: int) -> Tensor:
+        """Positions (B, k) in the training set of negatives for images with labels y (B,)."""
+        size, first = self.size[y][:, None], self.first[y][:, None]
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        generator = torch.Generator(y.device).manual_seed(seed)
+        uniform = torch.rand(len(y), k, dtype=torch.float64, generator=generator, device=y.device)
+        position = (uniform * (len(self.by_class) - size)).long()
+        return self.by_class[torch.where(position < first, position, position + size)]  # skips the image's own class
 
 
 def main(args: Args) -> float:
-    if min(args.crd_temperature, args.negatives) <= 0:
-        fail(f"--crd-temperature {args.crd_temperature:g} and --negatives {args.negatives} must be above 0", 2)
-    run = Run(__file__, args)  # a run that is already finished prints its result and ends here
+    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
     train, test = load_data(args)
-    teacher = load_teacher(args, test)  # frozen, in eval mode
+    teacher = load_teacher(run, test)  # frozen, in eval mode
 
-    torch.manual_seed(args.seed)  # right before the student: the same student for every teacher and method
+    torch.manual_seed(args.seed)  # the same initial student for every method
     student = build(args.student, train.classes, args.device)
-    crd = CRD(shapes(student).pooled, shapes(teacher).pooled, len(train), args.crd_temperature).to(args.device)
-    k = min(args.negatives, len(train) - int(train.labels.bincount().max()))
-    print(f"banks       {2 * crd.bank_s.nbytes / 2**20:.1f} MiB on {args.device}, {k:,} negatives an image", flush=True)
-    trained = nn.ModuleDict(dict(student=student, crd=crd))  # what the optimiser trains and a checkpoint holds
-    optimizer = SGD(trained.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    schedule = MultiStepLR(optimizer, args.milestones, gamma=0.1)
+    dim_s, dim_t = feature_shapes(student, train.size).pooled, feature_shapes(teacher, train.size).pooled
+    crd = CRD(dim_s, dim_t, len(train), args.crd_temperature)
+    sampler = NegativeSampler(train.labels, train.generator)
+    trained = nn.ModuleDict(dict(student=student, crd=crd)).to(args.device)  # optimized and checkpointed
+    lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
+    optimizer = SGD(trained.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    milestones = args.milestones or sorted({args.epochs * k // 8 for k in (5, 6, 7)} - {0})
+    scheduler = MultiStepLR(optimizer, milestones, gamma=0.1)
 
-    @graphed
+    @cuda_graph
     def step(x, y, index, negatives):
         with torch.no_grad():
             z_t, features_t = teacher(x)
         z_s, features_s = student(x)
 
-        loss = args.ce_weight * F.cross_entropy(z_s, y)
-        loss = loss + args.kd_weight * kd_loss(z_s, z_t, args.kd_temperature)
-        loss = loss + args.crd_weight * crd(features_s.pooled, features_t.pooled, index, negatives)  # Eq. 6
+        loss_ce = F.cross_entropy(z_s, y)
+        loss_kd = kd_loss(z_s, z_t, args.kd_temperature)
+        loss_crd = crd(features_s.pooled, features_t.pooled, index, negatives)
+        loss = args.ce_weight * loss_ce + args.kd_weight * loss_kd + args.crd_weight * loss_crd
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return torch.stack([loss.detach() * len(y), (z_s.argmax(1) == y).sum()])
+        return dict(loss=loss, ce=loss_ce, kd=loss_kd, crd=loss_crd, accuracy=(z_s.argmax(1) == y).float().mean())
 
-    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, scheduler=scheduler):  # resumes and saves
         trained.train()
-        sums = sum(step(*batch) for batch in with_negatives(train.epoch(epoch), train, k))
-        run.log(epoch, sums / len(train), accuracy(student, test), schedule)
-        schedule.step()
+        meter = run.meter(len(train))  # sums on the device, read once per epoch
+        for x, y, index in train.epoch(epoch):
+            negatives = sampler.draw(y, args.negatives)
+            meter.add(step(x, y, index, negatives), len(y))
+        run.log(epoch, train=meter.mean(), test=accuracy(student, test))
+        scheduler.step()
     return run.finish(student, teacher)
 
 

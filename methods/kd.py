@@ -1,16 +1,15 @@
 """KD: Distilling the Knowledge in a Neural Network. Hinton, Vinyals and Dean, 2015, arXiv 1503.02531.
 
-The student matches the teacher's class probabilities, softened by a temperature T so that the small ones count too: how
-the teacher is wrong tells which classes look alike. T squared keeps the size of the gradient as T changes.
+The student matches the teacher's class probabilities, softened by a temperature so that the small ones count too: how the
+teacher is wrong tells which classes look alike. T^2 keeps the size of the gradient as T changes.
 
-    p = softmax(z / T)                                   Eq. 1
-    L = r * CE(z_s, y) + a * T^2 * KL(p_t || p_s)        the weighted sum of section 2; here r = 0.1, a = 0.9, T = 4
+    KD = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
+    L  = ce_weight CE + kd_weight KD
 
+Taken from RepDistiller (HobbitLong/RepDistiller@b84f547), the source of the published tables.
 Differences
-- from the paper: it names no weights for CIFAR-100; 0.1, 0.9 and T = 4 are RepDistiller's, whose table the numbers come from.
-- from RepDistiller's code: none in the loss. Others take r = a = 1 (SimKD): --ce-weight 1 --kd-weight 1.
-
-    python methods/kd.py --teacher resnet56 --student resnet20
+- from the paper: it gives no weights for CIFAR-100; 0.1, 0.9 and T = 4 are RepDistiller's. Others use 1 and 1 (SimKD's tables).
+- from the code: none in the loss.
 """
 
 import sys
@@ -25,81 +24,69 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from common import Run, accuracy, build, graphed, load_data, load_teacher
+from common import DistillArgs, Positive, Run, accuracy, build, cuda_graph, load_data, load_teacher
 
 
 @dataclass
-class Args:
+class Args(DistillArgs):
     teacher: str = "resnet56"
-    """the trained network to learn from, a name in common.NETWORKS"""
     student: str = "resnet20"
-    """the network to train, a name in common.NETWORKS"""
-    dataset: str = "cifar100"
-    """cifar100, cifar10, or synthetic (small, nothing to download)"""
-    data: Path = Path("data")
-    """folder of the data sets"""
-    runs: Path = Path("runs")
-    """folder in which this run makes its own"""
-    seed: int = 1
-    """seed of the weights, the order of the images and their views"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cuda, cuda:1, ... or cpu"""
-    teacher_weights: Path | None = None
-    """checkpoint of the teacher; by default one in teachers/, else a run of methods/vanilla.py, which is started if need be"""
     epochs: int = 240
-    """passes over the training images"""
     batch_size: int = 64
-    """images a step; the last, smaller batch of an epoch is kept"""
     lr: float | None = None
-    """learning rate at the start; by default 0.05, but 0.01 for mobilenetv2, shufflenetv1 and shufflenetv2"""
-    milestones: tuple[int, ...] | None = None
-    """epochs after which the learning rate falls to a tenth; by default 5/8, 6/8 and 7/8 of all"""
+    milestones: tuple[int, ...] = ()
+    momentum: float = 0.9
     weight_decay: float = 5e-4
-    """on all parameters, those of batch norm and of auxiliary modules too"""
     ce_weight: float = 0.1
-    """r, weight of the cross-entropy with the labels"""
+    """weight of the cross-entropy with the labels"""
     kd_weight: float = 0.9
-    """a, weight of the KD term"""
-    kd_temperature: float = 4.0
-    """T, by which both networks' logits are divided"""
+    """weight of the KD term"""
+    kd_temperature: Positive = 4.0
+    """softmax temperature of the KD term"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(p_t || p_s) of logits (B, C): summed over the classes, averaged over the batch."""
-    log_p_s = F.log_softmax(z_s / temperature, 1)  # Eq. 1
-    log_p_t = F.log_softmax(z_t / temperature, 1)  # Eq. 1
+    """T^2 KL(p_t || p_s) of logits (B, C), summed over classes, averaged over the batch."""
+    log_p_s = F.log_softmax(z_s / temperature, dim=1)
+    log_p_t = F.log_softmax(z_t / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # a run that is already finished prints its result and ends here
+    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
     train, test = load_data(args)
-    teacher = load_teacher(args, test)  # frozen, in eval mode
+    teacher = load_teacher(run, test)  # frozen, in eval mode
 
-    torch.manual_seed(args.seed)  # right before the student: the same student for every teacher and method
+    torch.manual_seed(args.seed)  # the same initial student for every method
     student = build(args.student, train.classes, args.device)
-    trained = nn.ModuleDict(dict(student=student))  # what the optimiser trains and a checkpoint holds
-    optimizer = SGD(trained.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    schedule = MultiStepLR(optimizer, args.milestones, gamma=0.1)
+    trained = nn.ModuleDict(dict(student=student)).to(args.device)  # optimized and checkpointed
+    lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
+    optimizer = SGD(trained.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    milestones = args.milestones or sorted({args.epochs * k // 8 for k in (5, 6, 7)} - {0})
+    scheduler = MultiStepLR(optimizer, milestones, gamma=0.1)
 
-    @graphed
+    @cuda_graph
     def step(x, y, index):
         with torch.no_grad():
             z_t, _ = teacher(x)
         z_s, _ = student(x)
 
-        loss = args.ce_weight * F.cross_entropy(z_s, y) + args.kd_weight * kd_loss(z_s, z_t, args.kd_temperature)
+        loss_ce = F.cross_entropy(z_s, y)
+        loss_kd = kd_loss(z_s, z_t, args.kd_temperature)
+        loss = args.ce_weight * loss_ce + args.kd_weight * loss_kd
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return torch.stack([loss.detach() * len(y), (z_s.argmax(1) == y).sum()])
+        return dict(loss=loss, ce=loss_ce, kd=loss_kd, accuracy=(z_s.argmax(1) == y).float().mean())
 
-    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, scheduler=scheduler):  # resumes and saves
         trained.train()
-        sums = sum(step(*batch) for batch in train.epoch(epoch))
-        run.log(epoch, sums / len(train), accuracy(student, test), schedule)
-        schedule.step()
+        meter = run.meter(len(train))  # sums on the device, read once per epoch
+        for x, y, index in train.epoch(epoch):
+            meter.add(step(x, y, index), len(y))
+        run.log(epoch, train=meter.mean(), test=accuracy(student, test))
+        scheduler.step()
     return run.finish(student, teacher)
 
 

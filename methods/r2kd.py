@@ -1,35 +1,31 @@
 """R2KD: Robustness-Reinforced Knowledge Distillation with Correlation Distance and Network Pruning.
 Kim, Ham, Cho and Kim, 2023, arXiv 2311.13934.
 
-The student matches the softened probabilities of a teacher mixed with a pruned copy of itself: within each image, within each
-class over the batch, and in rank. It does so again on an augmented copy x' of the batch, whose labels are not used.
+The teacher's logits are mixed with those of its pruned copy. The student's must correlate with them in value (within an image
+and, over the batch, within a class) and in rank, on the batch x and again on an augmented copy x', whose labels are not used.
 
-    z_t     = p T(x) + (1 - p) T'(x),   T' is T without its smallest weights                             Eq. 1
-    C(a, b) = <a, b> / (|a| |b| + 1e-8)                                                                  Eq. 2
-    L_value = T^2 (1 - mean_rows |C(q_s, q_t)| + 1 - mean_columns |C(q_s, q_t)|),   q = softmax(z / T)    Eq. 3
-    R_i     = rank of z_i from 1 to C; soft: 1/2 + sum_j sigmoid((z_i - z_j) / (T rho)), j = i too        Eq. 4
-    L_rank  = 1 - mean_rows C(R_s - mean R_s, R_t - mean R_t),   R over 1 + 2 + ... + C                   Eq. 5
-    L       = r CE(x) + sum over x and x' of (a T^2 KL(p_t || p_s) + w_v L_value + w_r L_rank)            Eq. 6
+    z_t     = teacher_mix T(x) + (1 - teacher_mix) T'(x)     T': T without its smallest weights
+    C(a, b) = <a, b> / (|a| |b| + 1e-8)
+    L_value = T^2 (1 - mean_rows C(p_s, p_t) + 1 - mean_columns C(p_s, p_t)),   p = softmax(z / T),   T = kd_temperature
+    L_rank  = 1 - mean_rows C(R_s - mean R_s, R_t - mean R_t)
+    R_i     = rank of z_i over 1 + 2 + ... + C, or the soft rank 1/2 + sum_j sigmoid((z_i - z_j) / (T rank_temperature))
+    KD      = T^2 mean_i KL(p_t || p_s)
+    L       = ce_weight CE(x) + sum over x and x' of (kd_weight KD + value_weight L_value + rank_weight L_rank)
 
-r = 1, a = 0, T = 4, w_v = w_r = 2, p = 0.7. The equation numbers are ours. Read in the authors' code, but for what is ours below.
-
+Taken from the authors' code (Seonghak35/R2KD@ece240e) with its default weights; it has no CIFAR-100 configuration. As released,
+T' stays in train mode, so it normalizes by the batch's statistics (--pruned-bn batch), and hard ranks give L_rank no gradient.
+Published: vgg13/vgg8 75.26 without x', 76.40 with cutmix; resnet32x4/resnet8x4 77.01 and 77.70.
 Differences
-- from the paper: not compared. Soft ranks (rho above 0) and the KD term, for comparison, are ours.
-- from the authors' code (Seonghak35/R2KD, commit ece240e, mdistiller/distillers/R2KD.py): the pruned teacher is in eval mode;
-  theirs stays in train mode, so its statistics drift. cutmixpick keeps, as its inventors do (MingSun-Tse/Good-DA-in-KD, commit
-  75443f9), the 64 of two batches of CutMix images that have the highest entropy; theirs scores the images before mixing them,
-  in one batch, as -p log p, NaN where p is 0, and keeps all. No x' and no pruning are choices here. The weights are its defaults,
-  as it has no configuration for CIFAR-100. The last epoch counts, not the best on the test set.
-- kept although odd: hard ranks carry no gradient, so L_rank is a constant; |C| is C; a draw of x' serves the whole batch.
-
-    python methods/r2kd.py --teacher resnet56 --student resnet20
+- from the paper: checked against the abstract only; soft ranks, the KD term and runs without x' or without pruning are ours.
+- from the code: cutmixpick is that of MingSun-Tse/Good-DA-in-KD@75443f9; the code scores unmixed images and keeps them all.
+- from the code: autoaugment rounds to integer pixels, where the code truncates.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,177 +38,165 @@ from torch.optim.lr_scheduler import MultiStepLR
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from common import Images, Run, accuracy, build, fail, graphed, load_data, load_teacher
-
-AUGMENTATIONS = ("none", "mixup", "cutmix", "cutmixpick", "cutout", "autoaugment")
+from common import DistillArgs, NonNegative, Positive, Run, Share, accuracy, build, cuda_graph, load_data, load_teacher
 
 
 @dataclass
-class Args:
+class Args(DistillArgs):
     teacher: str = "resnet56"
-    """the trained network to learn from, a name in common.NETWORKS"""
     student: str = "resnet20"
-    """the network to train, a name in common.NETWORKS"""
-    dataset: str = "cifar100"
-    """cifar100, cifar10, or synthetic (small, nothing to download)"""
-    data: Path = Path("data")
-    """folder of the data sets"""
-    runs: Path = Path("runs")
-    """folder in which this run makes its own"""
-    seed: int = 1
-    """seed of the weights, the order of the images and their views"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cuda, cuda:1, ... or cpu"""
-    teacher_weights: Path | None = None
-    """checkpoint of the teacher; by default one in teachers/, else a run of methods/vanilla.py, which is started if need be"""
     epochs: int = 240
-    """passes over the training images"""
     batch_size: int = 64
-    """images a step; the last, smaller batch of an epoch is kept"""
     lr: float | None = None
-    """learning rate at the start; by default 0.05, but 0.01 for mobilenetv2, shufflenetv1 and shufflenetv2"""
-    milestones: tuple[int, ...] | None = None
-    """epochs after which the learning rate falls to a tenth; by default 5/8, 6/8 and 7/8 of all"""
+    milestones: tuple[int, ...] = ()
+    momentum: float = 0.9
     weight_decay: float = 5e-4
-    """on all parameters, those of batch norm and of auxiliary modules too"""
     ce_weight: float = 1.0
-    """r, weight of the cross-entropy with the labels"""
+    """weight of the cross-entropy with the labels, on x only"""
     kd_weight: float = 0.0
-    """a, weight of the KD term; with the two weights below at 0 it shows what the augmentation does for plain KD"""
-    kd_temperature: float = 4.0
-    """T, by which both networks' logits are divided in all terms but the cross-entropy"""
+    """weight of the KD term; with the two weights below at 0 it shows what the augmentation does for plain KD"""
+    kd_temperature: Positive = 4.0
+    """T, softmax temperature of all terms but the cross-entropy"""
     value_weight: float = 2.0
-    """w_v, weight of the value distances"""
+    """weight of the value term"""
     rank_weight: float = 2.0
-    """w_r, weight of the rank distance, which teaches nothing unless --rank-temperature is above 0"""
-    rank_temperature: float = 0.0
-    """rho, softness of the ranks; 0 takes hard ranks as released, 0.1 is a start for soft ones"""
-    prune_rate: float = 0.1
-    """share of each layer's weights that the pruned teacher lacks, in [0, 1)"""
-    teacher_mix: float = 0.7
-    """p, weight of the teacher's logits; the pruned teacher's have 1 - p"""
-    augment: str = "cutmix"
-    """what makes x': none (there is no x'), mixup, cutmix, cutmixpick, cutout or autoaugment"""
+    """weight of the rank term, which has no gradient unless --rank-temperature is above 0"""
+    rank_temperature: NonNegative = 0.0
+    """softness of the ranks; 0 takes hard ranks as released, 0.1 is a start for soft ones"""
+    teacher_mix: Share = 0.7
+    """weight of the teacher's logits; the pruned teacher's get the rest"""
+    prune_rate: Share = 0.1
+    """share of each layer's weights, the smallest, that are 0 in the pruned teacher"""
+    pruned_bn: Literal["batch", "running"] = "batch"
+    """statistics in the pruned teacher's batch norms: the batch's, as released, or the teacher's running ones"""
+    augment: Literal["none", "mixup", "cutmix", "cutmixpick", "cutout", "autoaugment"] = "cutmix"
+    """what makes x' (cutmixpick: the 64 images of highest teacher entropy of two cutmix batches); none: there is no x'"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(p_t || p_s) of logits (B, C): summed over the classes, averaged over the batch."""
-    log_p_s = F.log_softmax(z_s / temperature, 1)
-    log_p_t = F.log_softmax(z_t / temperature, 1)
+    """T^2 KL(p_t || p_s) of logits (B, C), summed over classes, averaged over the batch."""
+    log_p_s = F.log_softmax(z_s / temperature, dim=1)
+    log_p_t = F.log_softmax(z_t / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
+def correlation(a: Tensor, b: Tensor) -> Tensor:
     """C of each row of a and b (N, D)."""
-    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)  # Eq. 2
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
 
 
-def ranks(z: Tensor, rho: float) -> Tensor:
-    """Ranks in each row of z (B, C), over their sum and less their mean; rho above 0 makes them soft."""
-    rank = 1 + z.argsort(1).argsort(1).to(z.dtype)  # Eq. 4, hard: no gradient
-    if rho > 0:
-        rank = 0.5 + ((z[:, :, None] - z[:, None, :]) / rho).sigmoid().sum(2)  # Eq. 4, soft
-    rank = rank / (z.shape[1] * (z.shape[1] + 1) / 2)
+def value_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
+    """L_value of logits (B, C). The released code takes |C|, which is C here: probabilities are positive."""
+    p_s, p_t = F.softmax(z_s / temperature, dim=1), F.softmax(z_t / temperature, dim=1)
+    return temperature**2 * (1 - correlation(p_s, p_t).mean() + 1 - correlation(p_s.T, p_t.T).mean())
+
+
+def ranks(z: Tensor, softness: float) -> Tensor:
+    """R - mean R in each row of z (B, C); hard ranks if `softness` is 0."""
+    rank = 1 + z.argsort(1).argsort(1).to(z.dtype)  # hard: no gradient
+    if softness > 0:
+        rank = 0.5 + ((z[:, :, None] - z[:, None, :]) / softness).sigmoid().sum(2)
+    rank = rank / (z.shape[1] * (z.shape[1] + 1) / 2)  # counts only next to the 1e-8 of C
     return rank - rank.mean(1, keepdim=True)
 
 
-def r2kd_loss(z_s: Tensor, z_t: Tensor, temperature: float, w_v: float, w_r: float, rho: float) -> Tensor:
-    """w_v * L_value + w_r * L_rank of logits (B, C)."""
-    q_s, q_t = F.softmax(z_s / temperature, 1), F.softmax(z_t / temperature, 1)
-    value = temperature**2 * (2 - cosine(q_s, q_t).abs().mean() - cosine(q_s.T, q_t.T).abs().mean())  # Eq. 3; abs is inert
-    rank = 1 - cosine(ranks(z_s / temperature, rho), ranks(z_t / temperature, rho)).mean()  # Eq. 5
-    return w_v * value + w_r * rank
+def rank_loss(z_s: Tensor, z_t: Tensor, softness: float) -> Tensor:
+    """L_rank of logits (B, C)."""
+    return 1 - correlation(ranks(z_s, softness), ranks(z_t, softness)).mean()
 
 
-def pruned(net: nn.Module, rate: float) -> nn.Module:
-    """A copy of `net` in which the share `rate` of each convolution's and linear layer's weights, the smallest, is 0."""
-    net = deepcopy(net).to(memory_format=torch.contiguous_format)  # all that torch.nn.utils.prune can take
+def pruned(net: nn.Module, rate: float, bn: str) -> nn.Module:
+    """A copy of `net`, in eval mode, in which the share `rate` of each convolution's and linear layer's weights is 0."""
+    net = deepcopy(net).eval()  # the copy of a torchvision network comes in train mode
+    net = net.to(memory_format=torch.contiguous_format)  # torch.nn.utils.prune needs it
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            prune.l1_unstructured(module, "weight", rate)
-            prune.remove(module, "weight")  # what remains is a plain weight
+            prune.l1_unstructured(module, "weight", rate)  # the smallest ones
+            prune.remove(module, "weight")  # makes the pruned weight an ordinary one
+        if isinstance(module, nn.BatchNorm2d) and bn == "batch":
+            module.running_mean = module.running_var = None  # without them, the batch's statistics count in eval mode too
     return net.to(memory_format=torch.channels_last)
 
 
-def mix(kind: str, x: Tensor, other: Tensor, lam: float, centre: list[int]) -> Tensor:
-    """x (B, C, H, H) after mixup, cutmix or cutout, given the permutation `other` (B,), mixing factor and square's centre."""
-    if kind == "mixup":
-        return lam * x + (1 - lam) * x[other]
-    half = 4 if kind == "cutout" else int((1 - lam) ** 0.5 * x.shape[2]) // 2  # of the square's side
-    rows, columns = (slice(max(place - half, 0), place + half) for place in centre)
-    mixed = x.clone()
-    mixed[:, :, rows, columns] = 0 if kind == "cutout" else x[other, :, rows, columns]  # 0 is the mean colour
-    return mixed
+def paste(x: Tensor, patch: Tensor, center: list[int], side: int) -> Tensor:
+    """x (B, C, H, H) with a square of `patch`, `side` wide and in the same place for all images, less what lies outside."""
+    rows, columns = (slice(max(c - side // 2, 0), c + side // 2) for c in center)
+    pasted = x.clone()
+    pasted[:, :, rows, columns] = patch[:, :, rows, columns]
+    return pasted
 
 
 def pick(x: Tensor, z: Tensor, keep: int) -> Tensor:
     """The `keep` images of x (B, C, H, W), or all if there are fewer, whose logits z (B, C) have the highest entropy."""
-    log_p = F.log_softmax(z, 1)
+    log_p = F.log_softmax(z, dim=1)
     return x[(-log_p.exp() * log_p).sum(1).argsort()[-keep:]]
 
 
-def views(batches: Iterable, train: Images, kind: str, teacher: nn.Module) -> Iterator[tuple[Tensor, ...]]:
-    """Adds x' to (x, y, index) unless `kind` is none; as released, each draw serves the whole batch."""
-    mean, std = train.mean[:, None, None].to(train.device), train.std[:, None, None].to(train.device)
-    policy = AutoAugment(AutoAugmentPolicy.CIFAR10)  # for CIFAR-100 too
-
-    def augment(kind: str, x: Tensor) -> Tensor:
-        if kind == "autoaugment":
-            return train.normalise(policy((255 * (x * std + mean)).round().to(torch.uint8)))
-        if kind == "cutmixpick":
-            pool = torch.cat([augment("cutmix", x), augment("cutmix", x)])
-            return pick(pool, teacher(pool)[0], keep=64)  # scores of the mixed images
-        shape = 0.2 if kind == "mixup" else 1.0
-        lam, centre = Beta(shape, shape).sample().item(), torch.randint(x.shape[2], (2,)).tolist()
-        return mix(kind, x, torch.randperm(len(x)).to(x.device, non_blocking=True), lam, centre)
-
-    for x, y, index in batches:
-        seed = torch.randint(2**62, (), generator=train.generator).item()
-        with torch.random.fork_rng(devices=[]):  # AutoAugment and Beta can only draw from the global state
-            torch.default_generator.manual_seed(seed)
-            further = [] if kind == "none" else [augment(kind, x)]
-        yield x, y, index, *further
+def augment(kind: str, x: Tensor, dataset: str, train, teacher: nn.Module) -> Tensor:
+    """x' of a batch x (B, 3, H, H). As released, one draw serves the whole batch."""
+    if kind == "cutmixpick":
+        pool = torch.cat([augment("cutmix", x, dataset, train, teacher) for _ in range(2)])
+        return pick(pool, teacher(pool)[0], keep=64)
+    if kind == "autoaugment":
+        policy = AutoAugmentPolicy.CIFAR10 if dataset.startswith("cifar") else AutoAugmentPolicy.IMAGENET
+        return train.normalize(AutoAugment(policy)((255 * train.denormalize(x)).round().to(torch.uint8)))
+    center, other = torch.randint(train.size, (2,)).tolist(), x[torch.randperm(len(x)).to(x.device)]
+    if kind == "cutout":
+        return paste(x, torch.zeros_like(x), center, side=train.size // 4)  # 0 is the mean color
+    if kind == "cutmix":
+        lam = Beta(1.0, 1.0).sample().item()
+        return paste(x, other, center, side=int((1 - lam) ** 0.5 * train.size))
+    lam = Beta(0.2, 0.2).sample().item()  # mixup
+    return lam * x + (1 - lam) * other
 
 
 def main(args: Args) -> float:
-    if args.augment not in AUGMENTATIONS:
-        fail(f"--augment {args.augment} is unknown: take one of {', '.join(AUGMENTATIONS)}", 2)
-    if not 0 <= args.prune_rate < 1:
-        fail(f"--prune-rate {args.prune_rate} must be in [0, 1)", 2)
-    if args.rank_weight and not args.rank_temperature:
-        print("note: hard ranks have no gradient, so the rank term shifts the loss and teaches nothing", flush=True)
-    run = Run(__file__, args)  # a run that is already finished prints its result and ends here
+    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
     train, test = load_data(args)
-    teacher = load_teacher(args, test)  # frozen, in eval mode
-    teacher_pruned = pruned(teacher, args.prune_rate)  # frozen and in eval mode too, unlike the released one
+    teacher = load_teacher(run, test)  # frozen, in eval mode
+    teacher_pruned = pruned(teacher, args.prune_rate, args.pruned_bn)  # frozen too
 
-    torch.manual_seed(args.seed)  # right before the student: the same student for every teacher and method
+    torch.manual_seed(args.seed)  # the same initial student for every method
     student = build(args.student, train.classes, args.device)
-    trained = nn.ModuleDict(dict(student=student))  # what the optimiser trains and a checkpoint holds
-    optimizer = SGD(trained.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    schedule = MultiStepLR(optimizer, args.milestones, gamma=0.1)
+    trained = nn.ModuleDict(dict(student=student)).to(args.device)  # optimized and checkpointed
+    lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
+    optimizer = SGD(trained.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    milestones = args.milestones or sorted({args.epochs * k // 8 for k in (5, 6, 7)} - {0})
+    scheduler = MultiStepLR(optimizer, milestones, gamma=0.1)
 
-    @graphed
-    def step(x, y, index, *augmented):
-        z_s, _ = student(x)
+    def augmented(x):
+        seed = torch.randint(2**62, (), generator=train.generator).item()
+        with torch.random.fork_rng(devices=[]):  # Beta and AutoAugment draw from the global generator only
+            torch.default_generator.manual_seed(seed)
+            return augment(args.augment, x, args.dataset, train, teacher)
 
-        loss = args.ce_weight * F.cross_entropy(z_s, y)
-        for view, z in [(x, z_s), *((view, student(view)[0]) for view in augmented)]:
-            with torch.no_grad():
-                z_t = args.teacher_mix * teacher(view)[0] + (1 - args.teacher_mix) * teacher_pruned(view)[0]  # Eq. 1
-            r2kd = r2kd_loss(z, z_t, args.kd_temperature, args.value_weight, args.rank_weight, args.rank_temperature)
-            loss = loss + args.kd_weight * kd_loss(z, z_t, args.kd_temperature) + r2kd  # Eq. 6
+    @cuda_graph
+    def step(x, y, index, *x_aug):
+        views = [x, *x_aug]
+        with torch.no_grad():
+            z_t = [args.teacher_mix * teacher(v)[0] + (1 - args.teacher_mix) * teacher_pruned(v)[0] for v in views]
+        z_s = [student(v)[0] for v in views]
+
+        loss_ce = F.cross_entropy(z_s[0], y)
+        loss_kd = sum(kd_loss(s, t, args.kd_temperature) for s, t in zip(z_s, z_t))
+        loss_value = sum(value_loss(s, t, args.kd_temperature) for s, t in zip(z_s, z_t))
+        loss_rank = sum(rank_loss(s, t, args.kd_temperature * args.rank_temperature) for s, t in zip(z_s, z_t))
+        loss = args.ce_weight * loss_ce + args.kd_weight * loss_kd + args.value_weight * loss_value + args.rank_weight * loss_rank
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return torch.stack([loss.detach() * len(y), (z_s.argmax(1) == y).sum()])
+        accuracy_x = (z_s[0].argmax(1) == y).float().mean()
+        return dict(loss=loss, ce=loss_ce, kd=loss_kd, value=loss_value, rank=loss_rank, accuracy=accuracy_x)
 
-    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, scheduler=scheduler):  # resumes and saves
         trained.train()
-        sums = sum(step(*batch) for batch in views(train.epoch(epoch), train, args.augment, teacher))
-        run.log(epoch, sums / len(train), accuracy(student, test), schedule)
-        schedule.step()
+        meter = run.meter(len(train))  # sums on the device, read once per epoch
+        for x, y, index in train.epoch(epoch):
+            x_aug = [] if args.augment == "none" else [augmented(x)]
+            meter.add(step(x, y, index, *x_aug), len(y))
+        run.log(epoch, train=meter.mean(), test=accuracy(student, test))
+        scheduler.step()
     return run.finish(student, teacher)
 
 

@@ -1,21 +1,18 @@
 """SP: Similarity-Preserving Knowledge Distillation. Tung and Mori, 2019, arXiv 1907.09682.
 
-Two images that activate the teacher alike must activate the student alike. What is compared is a B x B matrix of
-similarities within the batch, so neither channels nor sides of the two maps need agree.
+Two images that cause similar activations in the teacher must do so in the student. The loss compares B x B matrices of
+similarities within the batch, so the maps may differ in channels and resolution.
 
-    G(f) = A A^T with every row divided by its norm,   A = f as B rows of C * H * W numbers       Eq. 1
-    L_sp = ||G(f_t) - G(f_s)||_F^2 / B^2                                                          Eq. 2
-    L    = r * CE + a * T^2 * KL(p_t || p_s) + gamma * L_sp                                       Eq. 3
+    G(f) = A A^T with each row divided by its norm       A: the last stage's map, flattened to B rows of C H W numbers
+    L_sp = |G(f_t) - G(f_s)|_F^2 / B^2
+    KD   = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
+    L    = ce_weight CE + kd_weight KD + sp_weight L_sp
 
-r = 1, a = 0, gamma = 3000, f the last stage's map. The rows of G have unit length, so L_sp falls about as 1 / B: gamma belongs
-to batches of 64 images, and the 16 images that end an epoch count up to four times as much. The equation numbers are ours.
-
+Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/SP.py), the source of the published tables.
+Published: resnet56/resnet20 69.67 (last epoch).
 Differences
-- from the paper: it allows several pairs of layers; one, the last stage's, is behind the published numbers.
-- from RepDistiller's code (HobbitLong/RepDistiller, commit b84f547, distiller_zoo/SP.py): none in the loss; a batch size
-  other than 64 is warned of.
-
-    python methods/sp.py --teacher resnet56 --student resnet20
+- from the paper: it allows several pairs of layers; the published numbers use the last stage only.
+- from the code: none in the loss.
 """
 
 import sys
@@ -30,98 +27,83 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from common import Run, accuracy, build, graphed, load_data, load_teacher
+from common import DistillArgs, Positive, Run, accuracy, build, cuda_graph, load_data, load_teacher
 
 
 @dataclass
-class Args:
+class Args(DistillArgs):
     teacher: str = "resnet56"
-    """the trained network to learn from, a name in common.NETWORKS"""
     student: str = "resnet20"
-    """the network to train, a name in common.NETWORKS"""
-    dataset: str = "cifar100"
-    """cifar100, cifar10, or synthetic (small, nothing to download)"""
-    data: Path = Path("data")
-    """folder of the data sets"""
-    runs: Path = Path("runs")
-    """folder in which this run makes its own"""
-    seed: int = 1
-    """seed of the weights, the order of the images and their views"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cuda, cuda:1, ... or cpu"""
-    teacher_weights: Path | None = None
-    """checkpoint of the teacher; by default one in teachers/, else a run of methods/vanilla.py, which is started if need be"""
     epochs: int = 240
-    """passes over the training images"""
     batch_size: int = 64
-    """images a step; the last, smaller batch of an epoch is kept"""
     lr: float | None = None
-    """learning rate at the start; by default 0.05, but 0.01 for mobilenetv2, shufflenetv1 and shufflenetv2"""
-    milestones: tuple[int, ...] | None = None
-    """epochs after which the learning rate falls to a tenth; by default 5/8, 6/8 and 7/8 of all"""
+    milestones: tuple[int, ...] = ()
+    momentum: float = 0.9
     weight_decay: float = 5e-4
-    """on all parameters, those of batch norm and of auxiliary modules too"""
     ce_weight: float = 1.0
-    """r, weight of the cross-entropy with the labels"""
+    """weight of the cross-entropy with the labels"""
     kd_weight: float = 0.0
-    """a, weight of the KD term"""
-    kd_temperature: float = 4.0
-    """T, by which both networks' logits are divided in the KD term"""
+    """weight of the KD term"""
+    kd_temperature: Positive = 4.0
+    """softmax temperature of the KD term"""
     sp_weight: float = 3000.0
-    """gamma, weight of the similarity term; belongs to batches of 64"""
+    """weight of the similarity term, tuned for batches of 64: the term falls as 1 / batch size"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(p_t || p_s) of logits (B, C): summed over the classes, averaged over the batch."""
-    log_p_s = F.log_softmax(z_s / temperature, 1)
-    log_p_t = F.log_softmax(z_t / temperature, 1)
+    """T^2 KL(p_t || p_s) of logits (B, C), summed over classes, averaged over the batch."""
+    log_p_s = F.log_softmax(z_s / temperature, dim=1)
+    log_p_t = F.log_softmax(z_t / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
 
 
 def similarity(f: Tensor) -> Tensor:
-    """G of maps (B, C, H, W): unit rows (B, B), how alike each image's map is to those of the others."""
-    flat = f.flatten(1)
-    return F.normalize(flat @ flat.T, dim=1)  # Eq. 1
+    """G of maps (B, C, H, W): a matrix (B, B) with unit rows."""
+    a = f.flatten(1)
+    return F.normalize(a @ a.T, dim=1)
 
 
 def sp_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
-    """The similarity term for maps (B, C_s, H_s, W_s) and (B, C_t, H_t, W_t)."""
-    return (similarity(f_t) - similarity(f_s)).square().sum() / len(f_s) ** 2  # Eq. 2
+    """L_sp of maps f_s (B, C_s, H_s, W_s) and f_t (B, C_t, H_t, W_t)."""
+    return (similarity(f_t) - similarity(f_s)).square().sum() / len(f_s) ** 2
 
 
 def main(args: Args) -> float:
-    if args.batch_size != 64:
-        print("note: --sp-weight was tuned for batches of 64; the term falls as 1 / batch size", flush=True)
-    run = Run(__file__, args)  # a run that is already finished prints its result and ends here
+    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
     train, test = load_data(args)
-    teacher = load_teacher(args, test)  # frozen, in eval mode
+    teacher = load_teacher(run, test)  # frozen, in eval mode
 
-    torch.manual_seed(args.seed)  # right before the student: the same student for every teacher and method
+    torch.manual_seed(args.seed)  # the same initial student for every method
     student = build(args.student, train.classes, args.device)
-    trained = nn.ModuleDict(dict(student=student))  # what the optimiser trains and a checkpoint holds
-    optimizer = SGD(trained.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    schedule = MultiStepLR(optimizer, args.milestones, gamma=0.1)
+    trained = nn.ModuleDict(dict(student=student)).to(args.device)  # optimized and checkpointed
+    lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
+    optimizer = SGD(trained.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    milestones = args.milestones or sorted({args.epochs * k // 8 for k in (5, 6, 7)} - {0})
+    scheduler = MultiStepLR(optimizer, milestones, gamma=0.1)
 
-    @graphed
+    @cuda_graph
     def step(x, y, index):
         with torch.no_grad():
             z_t, features_t = teacher(x)
         z_s, features_s = student(x)
 
-        loss = args.ce_weight * F.cross_entropy(z_s, y)
-        loss = loss + args.kd_weight * kd_loss(z_s, z_t, args.kd_temperature)
-        loss = loss + args.sp_weight * sp_loss(features_s.maps[-1], features_t.maps[-1])  # Eq. 3
+        loss_ce = F.cross_entropy(z_s, y)
+        loss_kd = kd_loss(z_s, z_t, args.kd_temperature)
+        loss_sp = sp_loss(features_s.maps[-1], features_t.maps[-1])
+        loss = args.ce_weight * loss_ce + args.kd_weight * loss_kd + args.sp_weight * loss_sp
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return torch.stack([loss.detach() * len(y), (z_s.argmax(1) == y).sum()])
+        return dict(loss=loss, ce=loss_ce, kd=loss_kd, sp=loss_sp, accuracy=(z_s.argmax(1) == y).float().mean())
 
-    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, scheduler=scheduler):  # resumes and saves
         trained.train()
-        sums = sum(step(*batch) for batch in train.epoch(epoch))
-        run.log(epoch, sums / len(train), accuracy(student, test), schedule)
-        schedule.step()
+        meter = run.meter(len(train))  # sums on the device, read once per epoch
+        for x, y, index in train.epoch(epoch):
+            meter.add(step(x, y, index), len(y))
+        run.log(epoch, train=meter.mean(), test=accuracy(student, test))
+        scheduler.step()
     return run.finish(student, teacher)
 
 

@@ -1,11 +1,10 @@
-"""No distillation: a network trained with cross-entropy alone. Makes the teachers and the student baselines. arXiv: none.
+"""Vanilla: a network trained with cross-entropy alone, the teacher and the baseline of every method. arXiv: none.
 
-    L = CE(z, y)
+    L = CE
 
+Taken from RepDistiller (HobbitLong/RepDistiller@b84f547), whose recipe the published CIFAR-100 tables use.
 Differences
-- from RepDistiller's train_teacher.py, whose recipe this is: seeds are set.
-
-    python methods/vanilla.py --student resnet56
+- from the code: runs are seeded.
 """
 
 import sys
@@ -20,61 +19,50 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from common import Run, accuracy, build, graphed, load_data
+from common import Run, RunArgs, accuracy, build, cuda_graph, load_data
 
 
 @dataclass
-class Args:
+class Args(RunArgs):
     student: str = "resnet20"
-    """the network to train, a name in common.NETWORKS"""
-    dataset: str = "cifar100"
-    """cifar100, cifar10, or synthetic (small, nothing to download)"""
-    data: Path = Path("data")
-    """folder of the data sets"""
-    runs: Path = Path("runs")
-    """folder in which this run makes its own"""
-    seed: int = 1
-    """seed of the weights, the order of the images and their views"""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cuda, cuda:1, ... or cpu"""
     epochs: int = 240
-    """passes over the training images"""
     batch_size: int = 64
-    """images a step; the last, smaller batch of an epoch is kept"""
     lr: float | None = None
-    """learning rate at the start; by default 0.05, but 0.01 for mobilenetv2, shufflenetv1 and shufflenetv2"""
-    milestones: tuple[int, ...] | None = None
-    """epochs after which the learning rate falls to a tenth; by default 5/8, 6/8 and 7/8 of all"""
+    milestones: tuple[int, ...] = ()
+    momentum: float = 0.9
     weight_decay: float = 5e-4
-    """on all parameters, those of batch norm and of auxiliary modules too"""
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # a run that is already finished prints its result and ends here
+    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
     train, test = load_data(args)
 
-    torch.manual_seed(args.seed)  # right before the student: the same student for every teacher and method
+    torch.manual_seed(args.seed)  # the same initial student for every method
     student = build(args.student, train.classes, args.device)
-    trained = nn.ModuleDict(dict(student=student))  # what the optimiser trains and a checkpoint holds
-    optimizer = SGD(trained.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    schedule = MultiStepLR(optimizer, args.milestones, gamma=0.1)
+    trained = nn.ModuleDict(dict(student=student)).to(args.device)  # optimized and checkpointed
+    lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
+    optimizer = SGD(trained.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    milestones = args.milestones or sorted({args.epochs * k // 8 for k in (5, 6, 7)} - {0})
+    scheduler = MultiStepLR(optimizer, milestones, gamma=0.1)
 
-    @graphed
+    @cuda_graph
     def step(x, y, index):
-        z, _ = student(x)
+        z_s, _ = student(x)
 
-        loss = F.cross_entropy(z, y)
+        loss = F.cross_entropy(z_s, y)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return torch.stack([loss.detach() * len(y), (z.argmax(1) == y).sum()])
+        return dict(loss=loss, accuracy=(z_s.argmax(1) == y).float().mean())
 
-    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, schedule=schedule):
+    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, scheduler=scheduler):  # resumes and saves
         trained.train()
-        sums = sum(step(*batch) for batch in train.epoch(epoch))
-        run.log(epoch, sums / len(train), accuracy(student, test), schedule)
-        schedule.step()
+        meter = run.meter(len(train))  # sums on the device, read once per epoch
+        for x, y, index in train.epoch(epoch):
+            meter.add(step(x, y, index), len(y))
+        run.log(epoch, train=meter.mean(), test=accuracy(student, test))
+        scheduler.step()
     return run.finish(student)
 
 

@@ -1,0 +1,178 @@
+"""CRLD: Cross-View Consistency Regularisation for Knowledge Distillation. Zhang, Liu, Cai and Ma, 2024, arXiv 2412.16493.
+
+Both networks see a weak view of an image (crop and flip) and a strong one (another crop and flip, then RandAugment). The student
+matches the teacher within and across the views, on images of which the teacher is confident.
+
+    K(a, b)  = T^2 KL(softmax(z_t(x_a) / T) || softmax(z_s(x_b) / T)) of each image,   T = kd_temperature
+    m_w, m_s = [max_c softmax(z_t(x_w)) >= weak_threshold], [max_c softmax(z_t(x_s)) >= strong_threshold]
+    L_within = mean m_w (K(w, w) + K(s, s))                    mean over all images, those with m = 0 too
+    L_cross  = mean m_s (K(w, s) + K(s, w))
+    L        = ce_weight (CE(x_w) + CE(x_s)) + within_weight L_within + cross_weight L_cross
+
+Taken from the authors' code, arcaninez/CRLD@fe42473. The recipe is that of KD but for the second view, drawn per image from
+train.generator. Published: resnet32x4/resnet8x4 78.32 (a sweep in its notebook). A control for dual_aug.py; compare with mlld.py.
+Differences
+- from the paper: its figure gates teacher's views, K(w, w) and K(w, s) by m_w; the code, followed here, gates kinds of terms.
+- from the code: RandAugment of tensors instead of PIL images, the same within one gray level; the last epoch counts; seeds.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Generator, Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import MultiStepLR
+from torchvision.transforms.v2.functional import adjust_sharpness, autocontrast, equalize, rgb_to_grayscale
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+from common import DistillArgs, NonNegative, Positive, PositiveInt, Run, accuracy, build, cuda_graph, load_data, load_teacher
+
+
+@dataclass
+class Args(DistillArgs):
+    teacher: str = "resnet56"
+    student: str = "resnet20"
+    epochs: int = 240
+    batch_size: int = 64
+    lr: float | None = None
+    milestones: tuple[int, ...] = ()
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    ce_weight: float = 1.0
+    """weight of the cross-entropy with the labels, of each view"""
+    kd_temperature: Positive = 4.0
+    """softmax temperature of K; the confidences are taken at 1"""
+    within_weight: float = 2.0
+    """weight of the two terms within a view"""
+    cross_weight: float = 0.5
+    """weight of the two terms across views"""
+    weak_threshold: NonNegative = 0.9
+    """confidence on the weak view from which an image counts in L_within; above 1, none does"""
+    strong_threshold: NonNegative = 0.2
+    """confidence on the strong view from which an image counts in L_cross; above 1, none does"""
+    operations: PositiveInt = 2
+    """operations of RandAugment per image, before its cutout"""
+
+
+def kd_per_image(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(p_t || p_s) (B,) of logits (B, C)."""
+    log_p_s = F.log_softmax(z_s / temperature, dim=1)
+    log_p_t = F.log_softmax(z_t / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="none").sum(1)
+
+
+def crld_losses(
+    z_sw: Tensor, z_ss: Tensor, z_tw: Tensor, z_ts: Tensor, temperature: float, weak: float, strong: float
+) -> tuple[Tensor, Tensor]:
+    """L_within and L_cross of logits (B, C) of student and teacher on the weak and the strong view, with the two thresholds."""
+    confident_w = F.softmax(z_tw, dim=1).amax(1) >= weak  # m_w
+    confident_s = F.softmax(z_ts, dim=1).amax(1) >= strong  # m_s
+    within = kd_per_image(z_sw, z_tw, temperature) + kd_per_image(z_ss, z_ts, temperature)
+    cross = kd_per_image(z_ss, z_tw, temperature) + kd_per_image(z_sw, z_ts, temperature)
+    return (confident_w * within).mean(), (confident_s * cross).mean()
+
+
+def gray(x: Tensor) -> Tensor:
+    """Gray levels (n, 1, H, W) of uint8 images, as float32."""
+    return rgb_to_grayscale(x.float()).round()
+
+
+def blend(base: Tensor | float, x: Tensor, v: Tensor) -> Tensor:
+    """uint8 images between base (v = 0) and x (v = 1)."""
+    return (base + v * (x - base)).to(torch.uint8)
+
+
+def warp(x: Tensor, *matrix: Tensor | float) -> Tensor:
+    """Images sampled where a 2x3 matrix sends each position: nearest pixel, black outside; (-1, -1) is the upper left corner."""
+    theta = torch.zeros(len(x), 6, device=x.device)
+    for k, entry in enumerate(matrix):
+        theta[:, k] = entry.flatten() if isinstance(entry, Tensor) else entry
+    grid = F.affine_grid(theta.reshape(-1, 2, 3), x.shape, align_corners=False)
+    return F.grid_sample(x.float(), grid, mode="nearest", align_corners=False).to(torch.uint8)
+
+
+RANDAUGMENT = [  # (lowest v, highest v, uint8 images x (n, 3, H, W) changed by v (n, 1, 1, 1))
+    (0.0, 1.0, lambda x, v: x),
+    (0.0, 1.0, lambda x, v: autocontrast(x)),
+    (0.0, 1.0, lambda x, v: equalize(x)),
+    (0.05, 0.95, lambda x, v: blend(0.0, x.float(), v)),  # brightness
+    (0.05, 0.95, lambda x, v: blend(gray(x), x, v)),  # color
+    (0.05, 0.95, lambda x, v: blend(gray(x).mean((1, 2, 3), keepdim=True).round(), x, v)),  # contrast
+    (0.05, 0.95, lambda x, v: blend(adjust_sharpness(x, 0.0).float(), x, v)),  # sharpness
+    (4.0, 8.0, lambda x, v: x & (256 - 2 ** (8 - v.floor())).to(torch.uint8)),  # posterize to v bits
+    (0.0, 256.0, lambda x, v: torch.where(x < v, x, 255 - x)),  # solarize
+    (-math.pi / 6, math.pi / 6, lambda x, v: warp(x, v.cos(), -v.sin(), 0, v.sin(), v.cos(), 0)),  # rotate
+    (-0.3, 0.3, lambda x, v: warp(x, 1, v, v, 0, 1, 0)),  # shear x
+    (-0.3, 0.3, lambda x, v: warp(x, 1, 0, 0, v, 1, v)),  # shear y
+    (-0.3, 0.3, lambda x, v: warp(x, 1, 0, 2 * v, 0, 1, 0)),  # translate x
+    (-0.3, 0.3, lambda x, v: warp(x, 1, 0, 0, 0, 1, 2 * v)),  # translate y
+]
+
+
+def randaugment(pixels: Tensor, operations: int, generator: Generator) -> Tensor:
+    """uint8 images after `operations` draws, with replacement, from RANDAUGMENT and a cutout; `pixels` (B, 3, H, H) in [0, 1]."""
+    x, device = (255 * pixels).round().to(torch.uint8), pixels.device
+    for _ in range(operations):
+        kind = torch.randint(len(RANDAUGMENT), (len(x),), generator=generator)
+        share = torch.rand(len(x), 1, 1, 1, generator=generator).to(device, non_blocking=True)
+        groups = kind.argsort().to(device, non_blocking=True).split(kind.bincount(minlength=len(RANDAUGMENT)).tolist())
+        for (low, high, operation), images in zip(RANDAUGMENT, groups):
+            if len(images):
+                x[images] = operation(x[images], low + (high - low) * share[images])
+    side = x.shape[3]
+    size, center = torch.rand(3, len(x), 1, generator=generator).to(device, non_blocking=True).mul(side).split([1, 2])
+    start = (center - size / 4).clamp(min=0).floor()  # row and column; the square's side is size / 2, up to half the image's
+    place = torch.arange(side, device=device)
+    rows, columns = (place >= start) & (place <= start + size / 2)  # (B, H) each
+    color = torch.tensor([125, 123, 114], dtype=torch.uint8).to(device, non_blocking=True)[:, None, None]
+    return torch.where((rows[:, :, None] & columns[:, None, :])[:, None], color, x)
+
+
+def main(args: Args) -> float:
+    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    train, test = load_data(args)
+    teacher = load_teacher(run, test)  # frozen, in eval mode
+
+    torch.manual_seed(args.seed)  # the same initial student for every method
+    student = build(args.student, train.classes, args.device)
+    trained = nn.ModuleDict(dict(student=student)).to(args.device)  # optimized and checkpointed
+    lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
+    optimizer = SGD(trained.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
+    milestones = args.milestones or sorted({args.epochs * k // 8 for k in (5, 6, 7)} - {0})
+    scheduler = MultiStepLR(optimizer, milestones, gamma=0.1)
+
+    @cuda_graph
+    def step(x_w, x_s, y, index):
+        with torch.no_grad():
+            (z_tw, _), (z_ts, _) = teacher(x_w), teacher(x_s)
+        (z_sw, _), (z_ss, _) = student(x_w), student(x_s)  # one after the other: each view has its own batch statistics
+
+        loss_ce = F.cross_entropy(z_sw, y) + F.cross_entropy(z_ss, y)
+        loss_within, loss_cross = crld_losses(
+            z_sw, z_ss, z_tw, z_ts, args.kd_temperature, args.weak_threshold, args.strong_threshold
+        )
+        loss = args.ce_weight * loss_ce + args.within_weight * loss_within + args.cross_weight * loss_cross
+
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return dict(loss=loss, ce=loss_ce, within=loss_within, cross=loss_cross, accuracy=(z_sw.argmax(1) == y).float().mean())
+
+    for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, scheduler=scheduler):  # resumes and saves
+        trained.train()
+        meter = run.meter(len(train))  # sums on the device, read once per epoch
+        for x_w, x_s, y, index in train.epoch(epoch, views=2):
+            x_s = train.normalize(randaugment(train.denormalize(x_s), args.operations, train.generator))
+            meter.add(step(x_w, x_s, y, index), len(y))
+        run.log(epoch, train=meter.mean(), test=accuracy(student, test))
+        scheduler.step()
+    return run.finish(student, teacher)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
