@@ -468,7 +468,7 @@ class Run:
         row = {"phase": self.phase, "epoch": epoch} | terms | {"train": None if right is None else 100 * right, "test": test}
         row |= {"lr": float(f"{rate:.6g}"), "seconds": round(time.perf_counter() - self.started, 3)} | more
         self.rows.append(row)
-        parts = [f"epoch {epoch:3}/{self.total}", *(f"{name} {value:.4f}" for name, value in terms.items())]
+        parts = [f"epoch {epoch:3}/{self.total}", *(f"{name} {value:.4g}" for name, value in terms.items())]
         parts += [f"{name} {row[name]:5.2f} %" for name in ("train", "test") if row[name] is not None]
         parts += [f"{name} {value:.4g}" for name, value in more.items()] + [f"lr {row['lr']:.2g}", duration(row["seconds"])]
         say("  ".join(parts) + f"  left {duration(row['seconds'] * (self.total - epoch))}")
@@ -673,6 +673,7 @@ DATASETS: dict[str, Callable[[Path, int | None], RawData]] = {
 def read(name: str, data: Path, size: int | None) -> RawData:
     """A data set of DATASETS, checked, at `size` x `size` pixels or in its own size."""
     raw = DATASETS[name](data, size)
+    raw = raw._replace(train=tuple(map(np.asarray, raw.train)), test=tuple(map(np.asarray, raw.test)))
     for split, (x, y) in dict(training=raw.train, test=raw.test).items():
         if x.dtype != np.uint8:
             wrong = f"pixels are {x.dtype}, not uint8"
@@ -1170,49 +1171,58 @@ def build(name: str, classes: int, device: str | torch.device = "cpu") -> nn.Mod
 def from_torchvision_models(name: str, classes: int) -> nn.Module:
     """A classification network of torchvision.models, with its parameter names, that gives (logits, Features).
 
-    maps: the last map of each resolution; preacts: their input where they come out of a ReLU; pooled: the input of the last
-    linear layer. Found by comparing all intermediate results for one random image.
+    maps: the last map of each resolution that the rest of the network sees nothing past, i.e. no inside of a residual block;
+    preacts: what a ReLU turns into them, where there is one; pooled: what enters the last linear layer.
     """
     x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    entered: list[Tensor] = []
     try:
         model = models.get_model(name, weights=None, num_classes=classes).eval()
         for module in model.modules():
             if hasattr(module, "inplace"):
                 module.inplace = False  # else a ReLU overwrites its input, the preact
         last_linear, linear = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-        entered: list[Tensor] = []
         hook = linear.register_forward_pre_hook(lambda module, x: entered.append(x[0]))
-        nodes = get_graph_node_names(model)[1]
+        traced = create_feature_extractor(model, get_graph_node_names(model)[1])
         with torch.no_grad():
-            model(x)
-            values = {
-                node: value for node, value in create_feature_extractor(model, nodes)(x).items() if isinstance(value, Tensor)
-            }
+            values = {path: value for path, value in traced(x).items() if isinstance(value, Tensor)}
         hook.remove()
-        last_of_side = {value.shape[2]: node for node, value in values.items() if value.ndim == 4 and node != nodes[0]}
-        wanted = {last_linear: "logits"}
-        for node, value in values.items():  # the last one that fits wins
+        *nodes, end = traced.eval_graph.nodes
+        place = {node: k for k, node in enumerate(nodes)}
+        last_use = {node: max((place[user] for user in node.users if user is not end), default=0) for node in nodes}
+        narrow = [
+            all(last_use[m] <= k or m.op == "get_attr" for m in nodes[:k]) for k in range(len(nodes))
+        ]  # nothing bypasses it
+
+        maps, wanted = {}, {}
+        for path, value in values.items():  # the last one that fits wins
+            square = (
+                value.ndim == 4 and value.shape[2] == value.shape[3] > 1 and value.shape[1] != 3
+            )  # no map is the image itself
+            if square and narrow[place[end.args[0][path]]]:
+                maps[value.shape[2]] = path
             if torch.equal(value, entered[0]):
-                wanted = {last_linear: "logits", node: "pooled"}
-        for k, side in enumerate(side for side in sorted(last_of_side, reverse=True) if side > 1):
-            mapped = values[last_of_side[side]]
+                wanted = {path: "pooled", last_linear: "logits"}
+        for k, side in enumerate(sorted(maps, reverse=True)):
+            mapped = values[maps[side]]
             before = [
-                node for node, value in values.items() if not torch.equal(value, mapped) and torch.equal(value.relu(), mapped)
+                path for path, value in values.items() if not torch.equal(value, mapped) and torch.equal(value.relu(), mapped)
             ]
-            wanted |= {last_of_side[side]: f"map{k}"} | ({before[-1]: f"preact{k}"} if before else {})
+            wanted |= {maps[side]: f"map{k}"} | ({before[-1]: f"preact{k}"} if before else {})
         net = create_feature_extractor(model, wanted)
     except Exception as error:  # tracing can fail in as many ways as there are networks
         fail(f"torchvision.{name} is no network with maps and a linear classifier that can be traced ({one_line(error)})", 2)
     for graph in net.train_graph, net.eval_graph:
         end = next(iter(reversed(graph.nodes)))
         found = end.args[0]
-        maps = [found[f"map{k}"] for k in range(sum(key.startswith("map") for key in found))]
+        maps = [found[f"map{k}"] for k in range(len(maps))]
         preacts = [found.get(f"preact{k}", node) for k, node in enumerate(maps)]
         end.args = ((found["logits"], Features(maps, preacts, maps[-1], found["pooled"])),)
     net.train()  # compiles the graphs anew
-    sources = [node if node.op == "call_module" else node.args[0] for node in preacts[1:]]
-    if all(node.op == "call_module" and isinstance(net.get_submodule(node.target), nn.BatchNorm2d) for node in sources):
-        net.stage_norms = [node.target for node in sources]
+    sources = [node if node.op == "call_module" else node.args[0] for node in preacts[1:]]  # a sum has the batch norm first
+    norms = [getattr(node, "target", None) for node in sources]
+    if all(isinstance(dict(net.named_modules()).get(norm), nn.BatchNorm2d) for norm in norms):
+        net.stage_norms = norms
     return net
 
 

@@ -10,8 +10,8 @@ attend where the teacher does, at every stage. The numbers of channels may diffe
     L    = ce_weight CE + kd_weight KD + at_weight L_at
 
 Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/AT.py), the source of the published tables; the loss is also that of
-the authors' code, szagoruyko/attention-transfer@893df54. Published: resnet56/resnet20 70.55 (last epoch). Its mobilenetv2
-students (59.40 from vgg13, 58.58 from resnet50) fall below one trained alone (64.60).
+the authors' code, szagoruyko/attention-transfer@893df54. Published: resnet56/resnet20 70.55 (last epoch). mobilenetv2 students
+fall below one trained alone (64.60): 59.40 with vgg13 and 58.58 with resnet50 as the teacher.
 Differences
 - from the paper: it writes (beta / 2) |Q(f_s) - Q(f_t)|; the authors' code and most code since take the mean square.
 - from the code: none in the loss.

@@ -8,7 +8,7 @@ pooled. The student's class activation maps, at a low resolution, must equal the
     L_cat = mean (A(M_s) - A(M_t))^2    over batch, classes and positions
     L     = ce_weight CE + cat_weight L_cat        the student's logits: mean over positions of M_s
 
-Taken from GzyAftermath/CAT-KD@4467073 (no licence: read, not copied). Despite the name there is no KD term.
+Taken from GzyAftermath/CAT-KD@4467073 (no license: read, not copied). Despite the name there is no KD term.
 Published: resnet32x4/resnet8x4 76.91 (leaderboard of Seonghak35/Seonghak35.github.io@838a6ef).
 Differences
 - from the paper: checked against the abstract only.

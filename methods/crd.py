@@ -93,6 +93,7 @@ class CRD(nn.Module):
         return loss_s + loss_t
 
     def contrast(self, e: Tensor, bank: Tensor, Z: Tensor, rows: Tensor, eps: float = 1e-7) -> Tensor:
+        """L_s or L_t of vectors e (B, dim) against `rows` (B, 1 + K) of the other network's bank."""
         similarity = e @ bank.clone().T  # cloned: the backward pass needs the bank as it was before the update
         exp = (similarity.gather(1, rows) / self.temperature).exp()
         Z.copy_(torch.where(Z > 0, Z, exp.detach().mean() * len(bank)))  # set by the first batch, constant from then on
@@ -103,6 +104,7 @@ class CRD(nn.Module):
 
     @torch.no_grad()
     def update(self, bank: Tensor, e: Tensor, index: Tensor) -> None:
+        """Moving average of a network's bank with its vectors e (B, dim)."""
         bank[index] = F.normalize(self.momentum * bank[index] + (1 - self.momentum) * e, dim=1)
 
 

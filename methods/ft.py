@@ -144,7 +144,6 @@ def main(args: Args) -> float:
             meter.add(init_step(x, y, index), len(y))
         run.log(epoch, train=meter.mean())
         init_scheduler.step()
-    paraphraser.requires_grad_(False)
 
     # Phase 2
     trained = nn.ModuleDict(dict(student=student, translator=translator)).to(args.device)  # optimized and checkpointed

@@ -13,9 +13,9 @@ ReLIC (arXiv 2010.07922) between student and teacher instead of between two augm
     KD       = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L        = ce_weight CE + kd_weight KD + icd_weight (L_con + alpha L_inv)
 
-Taken from the authors' code, giakoumoglou/distillers@9ba0bfd (it still runs at 2f95cea and breaks at 7d31ca6); the loss is the same
-in all versions. Published: resnet56/resnet20 71.18, with KD 71.81 (README of 4 September 2024). The table changed three times in
-five months, every time upwards, e.g. resnet110/resnet20 with KD 71.57 -> 72.03, resnet32x4/shufflenetv1 75.27 -> 76.01.
+Taken from the authors' code, giakoumoglou/distillers@9ba0bfd (it still runs at 2f95cea and breaks at 7d31ca6); the loss is the
+same in all versions. Published: resnet56/resnet20 71.18, with KD 71.81 (README, 4 September 2024). The table changed three times
+in five months, each time upwards, e.g. resnet110/resnet20 with KD 71.57 -> 72.03, resnet32x4/shufflenetv1 75.27 -> 76.01.
 Differences
 - from the paper: checked against the abstract only.
 - from the code: the incomplete last batch of an epoch is kept, and runs are seeded.

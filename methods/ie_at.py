@@ -13,7 +13,7 @@ half to where it does not (exploration), so that the student does not merely rep
     L       = ce_weight CE + inheritance_weight L_inh + exploration_weight L_exp
 
 The recipe is that of the authors' CIFAR-10 configuration (aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-
-Exploration-Framework@3274ab0). In a picture of Table 1, CIFAR-10: resnet56/resnet20 93.30 (AT 92.87, IE-FT 93.43).
+Exploration-Framework@3274ab0). Published on CIFAR-10 (from a picture): resnet56/resnet20 93.30, AT 92.87, IE-FT 93.43.
 Differences
 - from the paper: checked against the abstract only.
 - from AT: only the last maps are compared, not those of every stage.

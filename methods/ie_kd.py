@@ -12,7 +12,7 @@ so that the student does not merely repeat the teacher.
     L       = ce_weight CE + inheritance_weight L_inh + exploration_weight L_exp      phase 2, trains the student, E_inh and E_exp
 
 Modules and recipe are those of the authors' CIFAR-10 code (aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-
-Exploration-Framework@3274ab0; it does not run as released). In a picture of Table 1, CIFAR-10: resnet56/resnet20 93.43.
+Exploration-Framework@3274ab0; it does not run as released). Published on CIFAR-10 (from a picture): resnet56/resnet20 93.43.
 Differences
 - from the paper: checked against the abstract only; a reader reports that it squares L_rec and prints L_exp without the minus.
 - from the paper: the reader also reports that the maps of either half are picked at random; the code's default is the first half.
@@ -113,7 +113,7 @@ class IEKD(nn.Module):
 
 
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Linear CKA (biased) of two representations (B, ...) of the same images: from 0 to 1, equal up to rotation and scale."""
+    """Linear CKA (biased) of two representations (B, ...) of the same images: 1 if equal up to rotation and scale."""
     x, y = (f.flatten(1) - f.flatten(1).mean(0) for f in (x, y))
     return F.cosine_similarity((x @ x.T).flatten(), (y @ y.T).flatten(), dim=0)
 

@@ -2,20 +2,18 @@
 Knowledge Distillation: An Inheritance and Exploration Framework, CVPR 2021, arXiv 2107.00181, which has an IE-OD in its Table 1.
 
 Status: our definition. The paper's text was not available and the authors' code has no IE-OD.
-
 One half of the student's channels regresses the teacher's last map (inheritance, as in OFD, arXiv 1904.01866). The other half
 must differ from a factor of it, found by an auto-encoder in phase 1 (exploration, as in ie_kd.py; minus OFD would be unbounded).
 
-    L_rec   = mean |f_t - D_t(E_t(f_t))|                      phase 1, trains E_t and D_t; f: the map that is pooled
-    v       = max(g_t, m)       g: the last stage's map before its last ReLU; m: mean negative value, from the batch norm there
-    u       = batch norm of a 1x1 convolution of g_inh       g_inh, g_exp: the first and the second half of g_s
-    L_inh   = (1/B) sum (u - v)^2 [u > v or v > 0]
+    L_rec   = mean |f_t - D_t(E_t(f_t))|                              phase 1, trains E_t and D_t; f: the map that is pooled
+    v       = max(g_t, m)         g: the last stage's map before its ReLU; m: mean negative value, from the batch norm there
+    L_inh   = (1/B) sum (u - v)^2 [u > v or v > 0]                    u: batch norm of a 1x1 convolution of g_inh
     D(F, G) = mean over images and elements of |F/||F|| - G/||G|||    ||F||: norm of an image's whole factor
-    L_exp   = -D(E_exp(relu(g_exp)), E_t(f_t))                never below -2 / sqrt(elements); it can fall through E_exp alone
+    L_exp   = -D(E_exp(relu(g_exp)), E_t(f_t))                        g_inh, g_exp: first and second half of g_s
     L       = ce_weight CE + inheritance_weight L_inh + exploration_weight L_exp      phase 2, trains the student, u and E_exp
 
 The recipe is that of the authors' CIFAR-10 configuration (aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-
-Exploration-Framework@3274ab0). Published, on CIFAR-10: resnet56/resnet20 93.47 (OFD 93.19, IE-FT 93.43); read in a picture.
+Exploration-Framework@3274ab0). Published on CIFAR-10 (from a picture): resnet56/resnet20 93.47, OFD 93.19, IE-FT 93.43.
 Differences
 - from the paper: checked against the abstract only.
 - from OFD: only the last stage is compared, and the teacher's batch norms use their running statistics.
@@ -81,7 +79,7 @@ def margin(norm: nn.BatchNorm2d) -> Tensor:
     beta, gamma = norm.bias.detach(), norm.weight.detach().abs()
     density = (-((beta / gamma) ** 2) / 2).exp() / math.sqrt(2 * math.pi)
     negative = torch.special.ndtr(-beta / gamma)  # the probability of a negative value
-    m = torch.where(negative > 0.001, beta - gamma * density / negative, -3 * gamma)  # a rare one is taken to be at -3 gamma
+    m = torch.where(negative > 0.001, beta - gamma * density / negative, -3 * gamma)  # -3 gamma where it is rare
     return m[:, None, None]
 
 
@@ -158,9 +156,10 @@ def main(args: Args) -> float:
     autoencoder = AutoEncoder(feature_shapes(teacher, train.size).last[0], ieod.width)
     lr = args.lr or 0.1
 
-    init = nn.ModuleDict(dict(autoencoder=autoencoder)).to(args.device)  # phase 1: trained at a constant learning rate
+    # Phase 1
+    init = nn.ModuleDict(dict(autoencoder=autoencoder)).to(args.device)
     init_optimizer = SGD(init.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True, fused=True)
-    init_scheduler = MultiStepLR(init_optimizer, [], gamma=0.1)
+    init_scheduler = MultiStepLR(init_optimizer, milestones=[])  # constant learning rate
 
     @cuda_graph
     def init_step(x, y, index):
@@ -185,7 +184,8 @@ def main(args: Args) -> float:
         init_scheduler.step()
     autoencoder.eval().requires_grad_(False)
 
-    trained = nn.ModuleDict(dict(student=student, ieod=ieod)).to(args.device)  # phase 2: optimized and checkpointed
+    # Phase 2
+    trained = nn.ModuleDict(dict(student=student, ieod=ieod)).to(args.device)  # optimized and checkpointed
     optimizer = SGD(trained.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=True, fused=True)
     milestones = args.milestones or sorted({args.epochs * k // 4 for k in (2, 3)} - {0})
     scheduler = MultiStepLR(optimizer, milestones, gamma=0.1)

@@ -3,11 +3,11 @@
 KD asks a small student to match the spread of the teacher's logits, too, as both share one temperature. With every image's logits
 standardized in both networks, only their relations are taught; cross-entropy alone sets the scale of the student's logits.
 
-    n    = (z - mean z) / (std z + 1e-7)              per image over the classes; std with C - 1
+    n    = (z - mean z) / (std z + 1e-7)                                    per image over the classes; std divides by C - 1
     KD   = T^2 mean_i KL(p_t || p_s),   p = softmax(n / T),   T = kd_temperature
-    L    = ce_weight CE + kd_weight KD                                                          --loss kd
-    TCKD, NCKD = those of DKD (methods/dkd.py), of n instead of z
-    L    = ce_weight CE + kd_weight min(epoch / warmup_epochs, 1) (dkd_alpha TCKD + dkd_beta NCKD)     --loss dkd
+    DKD  = dkd_alpha TCKD + dkd_beta NCKD                                   those of methods/dkd.py, of n instead of z
+    L    = ce_weight CE + kd_weight KD                                      --loss kd
+    L    = ce_weight CE + min(epoch / warmup_epochs, 1) kd_weight DKD       --loss dkd
 
 Taken from the authors' code, sunshangquan/logit-standardization-KD@f6e5aa5. Published: resnet56/resnet20 71.43 (KD+LS) and 72.32
 (DKD+LS), best epoch on the test set. T, kd_weight and dkd_beta were tuned for each pair, as the names of its logs show.

@@ -53,11 +53,9 @@ class Args(DistillArgs):
 
 
 def log_others(z: Tensor, y: Tensor) -> Tensor:
-    """log q (B, C) of logits (B, C) and labels (B,); 0 at the label.
-
-    The releases of 17 July to 10 October 2023 left the label's class in, by a mask that was True everywhere; copies still do.
-    """
+    """log q (B, C) of logits (B, C) and labels (B,); 0 at the label, which then adds nothing to L_other."""
     label = y[:, None] == torch.arange(z.shape[1], device=z.device)
+    # From 17 July to 10 October 2023 the authors' mask was True everywhere: the label's class stayed in. Copies still do so.
     return F.log_softmax(z.masked_fill(label, -torch.inf), dim=1).masked_fill(label, 0)
 
 

@@ -15,7 +15,7 @@ the same loss. Published: resnet56/resnet20 70.98 (the KD++ table, WangYZ1608/Kn
 Differences
 - from the paper: checked against the abstract only.
 - from the authors' code: its recipe is 200 epochs of batches of 128 with Nesterov and reflect padding.
-- from both: the teacher's running statistics stay as they are, while both let them drift.
+- from both: the teacher's batch norms use batch statistics, as released on purpose, but here the running ones stay as they are.
 - ours: of two maps that differ in side the larger is average-pooled; mdistiller always fits the teacher's to the student's.
 """
 
@@ -65,7 +65,7 @@ def margin(norm: nn.BatchNorm2d) -> Tensor:
     beta, gamma = norm.bias.detach(), norm.weight.detach().abs()
     density = (-((beta / gamma) ** 2) / 2).exp() / math.sqrt(2 * math.pi)
     negative = torch.special.ndtr(-beta / gamma)  # the probability of a negative value
-    m = torch.where(negative > 0.001, beta - gamma * density / negative, -3 * gamma)  # a rare one is taken to be at -3 gamma
+    m = torch.where(negative > 0.001, beta - gamma * density / negative, -3 * gamma)  # -3 gamma where it is rare
     return m[:, None, None]
 
 

@@ -1,7 +1,7 @@
 """RKD: Relational Knowledge Distillation. Park, Kim, Lu and Cho, 2019, arXiv 1904.05068.
 
-The student does not have to place an image where the teacher does. But the images of a batch must form the same figure: equal
-distances between pairs, up to a common scale, and equal angles within triplets.
+The student need not place an image where the teacher does, but the images of a batch must form the same figure: equal distances
+between pairs, up to a common scale, and equal angles within triplets.
 
     D_ij   = |f_i - f_j| / mean over pairs of |f_i - f_j|           f: pooled features, the classifier's input
     A_ijk  = cos(f_j - f_i, f_k - f_i)

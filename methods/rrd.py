@@ -3,7 +3,7 @@
 A queue keeps the teacher's vectors of the last images. How similar a new image is to each of them, as a distribution over the
 queue, must be the same for student and teacher. No image is singled out as positive, so similar ones need not be pushed apart.
 
-    e_s, e_t = normalize(W_s f_s), normalize(W_t f_t)       f: pooled features, the classifier's input; biases included
+    e_s, e_t = normalize(W_s f_s), normalize(W_t f_t)       f: pooled features; W_s is learned, W_t stays as drawn
     P_ij     = softmax_j(<e_t_i, q_j> / temperature_t)      q: the queue
     S_ij     = softmax_j(<e_s_i, q_j> / temperature_s)
     L_rrd    = -mean_i sum_j P_ij log S_ij                  then the batch's e_t replace the oldest q

@@ -1,26 +1,21 @@
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import Case, Drive, array, load
-from test_ab import check_resume
+from golden import Case, load
 
 crd = load("crd")
-NAMES = {f"project_{side}.{end}": f"embed_{side}.linear.{end}" for side in "st" for end in ("weight", "bias")}
 
 
-def prepared(case, **constants):
-    """The module of a golden case, with its weights and banks."""
-    loss = crd.CRD(16, 12, images=case.hyper["n_data"], temperature=case.hyper["T"], momentum=case.hyper["momentum"], width=8)
-    case.fill(loss, NAMES)
-    for name, value in dict(bank_s=case["bank_s"], bank_t=case["bank_t"], **constants).items():
-        getattr(loss, name).copy_(torch.as_tensor(value))
+def prepared(case):
+    """The module of a golden case, with its weights, banks and, where they are given, constants Z."""
+    loss = crd.CRD(16, 12, case.hyper["n_data"], case.hyper["T"], momentum=case.hyper["momentum"], dim=8)
+    case.fill(loss, {f"project_{net}.{end}": f"embed_{net}.linear.{end}" for net in "st" for end in ("weight", "bias")})
+    for net in "st":
+        getattr(loss, f"bank_{net}").copy_(case[f"bank_{net}"])
+        if case.hyper.get(f"Z_{net}"):
+            getattr(loss, f"Z_{net}").fill_(case.hyper[f"Z_{net}"])
     return loss
-
-
-def close(bank, key):
-    return torch.allclose(bank, array(key), rtol=1e-12, atol=1e-14)
 
 
 def inputs(case, batch=""):
@@ -29,135 +24,87 @@ def inputs(case, batch=""):
     return case[f"f_s{batch}"], case[f"f_t{batch}"], index, picked[:, 1:]
 
 
-def test_golden_first_batch():
-    case = Case("crd_first_batch")
+@pytest.mark.parametrize(
+    ("name", "batch", "after"), [("crd_first_batch", "", "after"), ("crd_given_Z", "", None), ("crd_two_steps", "_2", "after2")]
+)
+def test_golden(name, batch, after):
+    case = Case(name)
     loss = prepared(case)
-    value = loss(*inputs(case))
-    assert loss.constant_s.item() == pytest.approx(case.outputs["Z_s"], rel=1e-12)
-    assert loss.constant_t.item() == pytest.approx(case.outputs["Z_t"], rel=1e-12)
-    assert close(loss.bank_s, case.outputs["bank_s_after"])
-    assert close(loss.bank_t, case.outputs["bank_t_after"])
-    case.check(value)
-
-
-def test_golden_given_constants():
-    case = Case("crd_given_Z")
-    loss = prepared(case, constant_s=case.hyper["Z_s"], constant_t=case.hyper["Z_t"])
-    value = loss(*inputs(case))
-    assert loss.constant_s.item() == 60
-    assert loss.constant_t.item() == 75
-    case.check(value)
-
-
-def test_golden_two_steps():
-    case = Case("crd_two_steps")
-    loss = prepared(case)
-    with torch.no_grad():
-        assert loss(*inputs(case)).item() == pytest.approx(case.outputs["loss_step1"], rel=1e-9)
-    value = loss(*inputs(case, "_2"))
-    assert loss.constant_s.item() == pytest.approx(case.outputs["Z_s"], rel=1e-12)
-    assert close(loss.bank_s, case.outputs["bank_s_after2"])
-    assert close(loss.bank_t, case.outputs["bank_t_after2"])
+    if batch:  # the first of two steps
+        with torch.no_grad():
+            assert loss(*inputs(case)).item() == pytest.approx(case.outputs["loss_step1"], rel=1e-9)
+    value = loss(*inputs(case, batch))
+    constants = {name: case.hyper.get(name) or case.outputs[name] for name in ("Z_s", "Z_t")}
+    assert dict(Z_s=loss.Z_s.item(), Z_t=loss.Z_t.item()) == pytest.approx(constants, rel=1e-12)
+    if after:
+        assert torch.allclose(loss.bank_s, case.array(case.outputs[f"bank_s_{after}"]), rtol=1e-12, atol=1e-14)
+        assert torch.allclose(loss.bank_t, case.array(case.outputs[f"bank_t_{after}"]), rtol=1e-12, atol=1e-14)
     case.check(value)
 
 
 def test_slow_formula_with_repeated_negatives():
     torch.manual_seed(0)
-    loss = crd.CRD(3, 4, images=9, width=5).double()
-    loss.constant_s.fill_(40.0)
-    loss.constant_t.fill_(30.0)
+    loss = crd.CRD(3, 4, 9, temperature=0.07, dim=5).double()
+    loss.Z_s.fill_(40.0)
+    loss.Z_t.fill_(30.0)
     f_s, f_t, index = torch.randn(2, 3).double(), torch.randn(2, 4).double(), torch.tensor([7, 2])
     negatives = torch.tensor([[0, 1, 1, 8], [3, 3, 3, 5]])
     total = 0.0
     for f, project, bank, z in (f_s, loss.project_s, loss.bank_t, 40.0), (f_t, loss.project_t, loss.bank_s, 30.0):
         for i in range(2):
             e = project(f[i]).detach()
-            e = e / e.norm()
-            c = 4 / 9
+            e, c = e / e.norm(), 4 / 9
             u = [math.exp(float(e @ bank[j]) / 0.07) / z for j in (int(index[i]), *negatives[i].tolist())]
             total -= math.log(u[0] / (u[0] + c + 1e-7)) + sum(math.log(c / (v + c + 1e-7)) for v in u[1:])
     assert loss(f_s, f_t, index, negatives).item() == pytest.approx(total / 2, rel=1e-9)
 
 
-def test_banks_start_uniform_and_keep_unit_vectors():
+def test_banks_start_uniform_and_only_the_images_of_the_batch_move():
     torch.manual_seed(0)
-    loss = crd.CRD(3, 4, images=500)
-    bound = math.sqrt(3 / 128)
-    for bank in (loss.bank_s, loss.bank_t):
-        assert bound * 0.999 < bank.abs().max() <= bound
-        assert bank.std().item() == pytest.approx(1 / math.sqrt(128), rel=0.02)
-    before = loss.bank_s.clone()
-    index = torch.tensor([3, 499])
+    loss = crd.CRD(3, 4, 500, temperature=0.07)
+    assert {"bank_s", "bank_t", "Z_s", "Z_t"} <= set(loss.state_dict())  # so that a resumed run goes on with them
+    before, index = (loss.bank_s.clone(), loss.bank_t.clone()), torch.tensor([3, 499])
     loss(torch.randn(2, 3), torch.randn(2, 4), index, torch.randint(500, (2, 6)))
-    changed = (loss.bank_s != before).any(1).nonzero().flatten()
-    assert changed.tolist() == [3, 499]
-    assert torch.allclose(loss.bank_s[index].norm(dim=1), torch.ones(2))
+    for old, bank in zip(before, (loss.bank_s, loss.bank_t)):
+        assert math.sqrt(3 / 128) * 0.999 < old.abs().max() <= math.sqrt(3 / 128)
+        assert old.std().item() == pytest.approx(1 / math.sqrt(128), rel=0.02)
+        assert (bank != old).any(1).nonzero().flatten().tolist() == [3, 499]
+        assert torch.allclose(bank[index].norm(dim=1), torch.ones(2))
 
 
-def test_state_holds_banks_and_constants_and_counts_two_projections():
-    loss = crd.CRD(64, 256, images=50)
-    assert {"bank_s", "bank_t", "constant_s", "constant_t"} <= set(loss.state_dict())
-    assert sum(p.numel() for p in loss.parameters()) == 65 * 128 + 257 * 128
-
-
-def test_finite_at_the_real_size_in_float32():
+@pytest.mark.parametrize("scale", [1.0, 200.0, 0.0])
+def test_finite_in_float32(scale):
     torch.manual_seed(0)
-    loss = crd.CRD(6, 5, images=2000)
-    negatives = torch.randint(2000, (4, 1024))
-    for scale in (1.0, 200.0, 0.0):
-        for _ in range(2):  # the second time each positive is the image's own vector
-            f_s = (scale * torch.ones(4, 6)).requires_grad_()
-            value = loss(f_s, scale * torch.ones(4, 5), torch.arange(4), negatives)
-            value.backward()
-            assert value.isfinite()
-            assert f_s.grad.isfinite().all()
+    loss, negatives = crd.CRD(6, 5, 2000, temperature=0.07), torch.randint(2000, (4, 1024))
+    for _ in range(2):  # the second time each positive is the image's own vector
+        f_s = torch.full((4, 6), scale, requires_grad=True)
+        value = loss(f_s, torch.full((4, 5), scale), torch.arange(4), negatives)
+        value.backward()
+        assert value.isfinite() and f_s.grad.isfinite().all()
 
 
-def drawn(labels, k, batches, seed=0):
-    train = SimpleNamespace(labels=labels, generator=torch.Generator().manual_seed(seed))
-    return [batch[2:] for batch in crd.with_negatives(((None, labels[index], index) for index in batches), train, k)]
+LABELS = torch.tensor([3, 0, 3, 3, 1, 0, 3, 4, 1, 4, 4, 4])  # class 2 has no image, the others have unequal numbers
 
 
-def test_negatives_are_of_other_classes_and_uniform():
-    labels = torch.tensor([3, 0, 3, 3, 1, 0, 3, 4, 1, 4, 4, 4])  # class 2 has no image, the others have unequal numbers
-    ((index, negatives),) = drawn(labels, 60_000, [torch.tensor([4, 0, 7, 1])])
-    assert negatives.shape == (4, 60_000)
-    for image, row in zip(index.tolist(), negatives):
-        assert not (labels[row] == labels[image]).any()  # so the positive is not among them
-        others = (labels != labels[image]).nonzero().flatten()
-        counts = row.bincount(minlength=len(labels))[others]
+def draws(seed, k, batches=1):
+    sampler = crd.NegativeSampler(LABELS, torch.Generator().manual_seed(seed))
+    return [sampler.draw(torch.tensor([1, 3, 4, 0]), k) for _ in range(batches)]
+
+
+def test_negatives_are_uniform_over_the_other_classes():
+    (negatives,) = draws(seed=0, k=60_000)
+    for label, row in zip((1, 3, 4, 0), negatives):
+        others = (label != LABELS).nonzero().flatten()
+        counts = row.bincount(minlength=len(LABELS))
+        assert counts[others].sum() == 60_000  # so the positive is not among them
         expected = 60_000 / len(others)
-        assert ((counts - expected) ** 2 / expected).sum() < 30  # chi-square of at most 9 degrees of freedom
+        assert ((counts[others] - expected) ** 2 / expected).sum() < 30  # chi-square of at most 9 degrees of freedom
 
 
 def test_draws_depend_on_the_generator_alone():
-    labels = torch.arange(40) % 5
-    batches = [torch.arange(8), torch.arange(8, 16)]
     torch.manual_seed(1)
-    first = drawn(labels, 20, batches)
+    first = draws(seed=0, k=20, batches=2)
     torch.manual_seed(2)
-    second = drawn(labels, 20, batches)
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, second))
-    assert not torch.equal(first[0][1], first[1][1])
-    assert not torch.equal(first[0][1], drawn(labels, 20, batches, seed=1)[0][1])
-
-
-def test_memory_is_printed_once_and_few_images_give_fewer_negatives(monkeypatch, capsys):
-    drive = Drive(monkeypatch, "crd", epochs=2)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("banks")]
-    assert lines == ["banks       0.0 MiB on cpu, 35 negatives an image"]
-    assert all(value.isfinite().all() for value in drive.trained["crd"].state_dict().values())
-
-
-@pytest.mark.parametrize("flags", [{"negatives": 0}, {"crd_temperature": 0.0}])
-def test_bad_values_are_refused(flags, capsys):
-    args = crd.Args(**flags)
-    with pytest.raises(SystemExit) as end:
-        crd.main(args)
-    assert end.value.code == 2
-    message = f"--crd-temperature {args.crd_temperature:g} and --negatives {args.negatives} must be above 0"
-    assert capsys.readouterr().err == f"error: {message}\n"
-
-
-def test_resumes_with_banks_and_constants(monkeypatch, tmp_path):
-    check_resume(monkeypatch, tmp_path, "crd", stops=(5,))
+    assert all(torch.equal(a, b) for a, b in zip(first, draws(seed=0, k=20, batches=2)))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], draws(seed=1, k=20)[0])
