@@ -1,36 +1,33 @@
-"""Many runs: methods x pairs x seeds, as the very commands a user would type, several at a time.
+"""Many runs: methods x pairs x seeds, as the commands that a user would type, several at a time.
 
-    python benchmark/sweep.py --methods vanilla kd icd 'icd --kd-weight 1' --pairs resnet56/resnet20 --seeds 1 2 3 --jobs 2
-    python benchmark/sweep.py --methods kd icd --pairs resnet20/resnet8 -- --epochs 5 --device cpu
+    python benchmark/sweep.py --methods vanilla kd icd 'icd --kd-weight 1' --pairs resnet56/resnet20 --seeds 1 2 3
+    python benchmark/sweep.py --methods kd dkd --devices cuda:0 cuda:1 --jobs 2 -- --epochs 5        # four at a time
 
-A flag after the lone -- goes to every command whose script has it. Teachers come first: the commands that load_teacher would
-start by itself. Then come all methods and pairs with the first seed, with the second, and so on. A finished run is skipped,
-a broken one goes on from its last checkpoint, one that another process works on is waited for: kill the sweep whenever you
-like and start it again, or start it twice. What a run prints lies in its folder, in output.txt. A run that fails stops no
-other; all that failed are listed at the end with their last line, and the exit code is 1.
+Flags after the lone -- go to every command whose script has them. All methods and pairs come with the first seed, then with the
+second, and so on. The first run that misses a teacher trains it, the others wait. A finished run prints its result and ends at
+once, an unfinished one continues: stop the sweep whenever you like and start it again. A run that fails stops no other.
 
---list prints the commands one a line, for xargs, GNU parallel, or a Slurm job array, where each task does
+--list prints the commands, one per line, for xargs, GNU parallel, or a Slurm job array, where each task does
 
     sed -n "${SLURM_ARRAY_TASK_ID}p" commands.txt | bash
 """
 
-import importlib
-import json
+import ast
 import os
+import re
 import shlex
-import subprocess
+import signal
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from statistics import mean
+from subprocess import DEVNULL, Popen
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import NETWORKS, ROOT, check, clock, fail, in_use, resolve, run_folder
-
-Flags = dict[str, list[str]]  # a command's flags with the words that follow them
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -38,167 +35,116 @@ class Args:
     methods: tuple[str, ...] = ("vanilla", "kd", "kd --ce-weight 1 --kd-weight 1", "icd", "icd --kd-weight 1")
     """files in methods/, each alone or in quotes with flags of its own"""
     pairs: tuple[str, ...] = ("resnet56/resnet20",)
-    """teacher/student, names in common.NETWORKS"""
+    """teacher/student"""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """seeds of the students; a teacher always has seed 1"""
+    """seeds of the students"""
+    devices: tuple[str, ...] = ()
+    """devices to spread the runs over, such as cuda:0 cuda:1; by default each run chooses its own"""
     jobs: int = 1
-    """runs at the same time; on a CPU they share its cores evenly"""
+    """runs at a time, per device"""
+    logs: Path = Path("runs/logs")
+    """folder for what the runs print, one file per command"""
     list: bool = False
     """print the commands and run nothing"""
 
 
-@dataclass
-class Job:
-    """One run: its command, its settings, its folder."""
-
-    command: list[str]
-    args: Any
-    folder: Path
-
-    def __str__(self) -> str:
-        return shlex.join(self.command)
-
-    def result(self) -> dict[str, Any] | None:
-        """What the finished run has recorded; None if it is not finished."""
-        file = self.folder / "result.json"
-        try:
-            return json.loads(file.read_text()) if file.exists() else None
-        except ValueError:
-            fail(f"{file} is damaged: delete the folder to start this run again")
-
-    def start(self, environment: dict[str, str]) -> subprocess.Popen:
-        """Begin the run or go on with it; what it prints is added to output.txt in its folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "output.txt", "a") as output:
-            command = [sys.executable, *self.command[1:]]
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
-
-    def last_line(self) -> str:
-        return ([line for line in (self.folder / "output.txt").read_text().splitlines() if line.strip()] or ["no output"])[-1]
+def fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
-def split(words: list[str]) -> Flags:
-    """--epochs 5 --device cpu as {"--epochs": ["5"], "--device": ["cpu"]}."""
-    flags: Flags = {}
-    for word in words:
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            flags[flag.replace("_", "-")] = [value] if equals else []
-        elif flags:
-            flags[list(flags)[-1]].append(word)
-        else:
-            fail(f"{word} follows no flag", 2)
-    return flags
+def flags_of(method: str) -> set[str]:
+    """The flags of methods/<method>.py, from its text, as importing it loads PyTorch; none if there is no such file."""
+    flags: dict[str, set[str]] = {}
+    for file in ROOT / "common.py", ROOT / "methods" / f"{method}.py":
+        for node in ast.parse(file.read_text("utf-8")).body if file.exists() else []:
+            if isinstance(node, ast.ClassDef):
+                own = {"--" + item.target.id.replace("_", "-") for item in node.body if isinstance(item, ast.AnnAssign)}
+                flags[node.name] = own.union(*(flags.get(base.id, ()) for base in node.bases if isinstance(base, ast.Name)))
+    return flags.get("Args", set())
 
 
-def arguments(method: str) -> type:
-    """The Args of methods/<method>.py."""
-    if not (ROOT / "methods" / f"{method}.py").exists():
-        known = ", ".join(sorted(path.stem for path in (ROOT / "methods").glob("*.py")))
-        fail(f"no methods/{method}.py: take one of {known}", 2)
-    return importlib.import_module(f"methods.{method}").Args
-
-
-def job(method: str, flags: Flags) -> Job:
-    """The run that `python methods/<method>.py <flags>` makes."""
-    script = os.path.relpath(ROOT / "methods" / f"{method}.py")
-    words = [word for flag, values in flags.items() for word in (flag, *values)]
-    args = tyro.cli(arguments(method), args=words, prog=script)
-    resolve(args)
-    return Job(["python", script, *words], args, run_folder(method, args))
-
-
-def plan(args: Args, shared: Flags) -> list[list[Job]]:
-    """All jobs in two stages, none twice: the teachers that load_teacher would have to train, then the students."""
-    students = {}
-    unused = set(shared)
+def commands(args: Args, shared: list[list[str]]) -> list[list[str]]:
+    """The commands, each once. A later flag overrides an earlier one."""
+    known = {words: flags_of(words.split()[0]) for words in args.methods}
+    for flag in {flag.replace("--no-", "--") for flag, *_ in shared}.difference(*known.values()):
+        if not any(flag in flags_of(file.stem) for file in (ROOT / "methods").glob("*.py")):
+            fail(f"no method has {flag}", 2)
+    found = []
     for seed in args.seeds:
-        for pair in args.pairs:
-            teacher, _, student = pair.partition("/")
-            for words in args.methods:
+        for teacher, _, student in [pair.partition("/") for pair in args.pairs]:
+            for words, has in known.items():
                 method, *own = shlex.split(words)
-                has = {f"--{field.name.replace('_', '-')}" for field in fields(arguments(method))}
-                flags = {role: [teacher] for role in ("--teacher", "--peer") if role in has} | {"--student": [student]}
-                flags |= split(own) | {"--seed": [str(seed)]} | {flag: shared[flag] for flag in shared if flag in has}
-                run = job(method, flags)
-                students[str(run)] = run
-                unused -= has
-    if unused:
-        fail(f"none of these methods has {', '.join(sorted(unused))}", 2)
-    teachers = {}
-    place = {flag: shared[flag] for flag in ("--dataset", "--data", "--runs", "--device") if flag in shared}
-    schedule = {flag: shared[flag] for flag in ("--epochs", "--batch-size", "--milestones") if flag in shared}
-    for name in dict.fromkeys(run.args.teacher for run in students.values() if getattr(run.args, "teacher_weights", "") is None):
-        best = job("vanilla", {"--student": [name], "--seed": ["1"]} | place)
-        shipped = ROOT / "teachers" / best.args.dataset / f"{name}.pt"
-        if not shipped.exists() and best.result() is None:
-            run = job("vanilla", {"--student": [name], "--seed": ["1"]} | place | schedule)
-            teachers[run.folder] = run
-    return [list(teachers.values()), [run for run in students.values() if run.folder not in teachers]]
+                teaching = [word for role in ("--teacher", "--peer") if role in has for word in (role, teacher)]
+                more = [word for flag, *values in shared if flag.replace("--no-", "--") in has for word in (flag, *values)]
+                script = os.path.relpath(ROOT / "methods" / f"{method}.py")
+                found.append(["python", script, *teaching, "--student", student, *own, "--seed", str(seed), *more])
+    return [command for place, command in enumerate(found) if command not in found[:place]]
 
 
-def sweep(stages: list[list[Job]], at_once: int) -> list[Job]:
-    """Run what is not finished, one stage after the other; gives the jobs that failed."""
-    environment = dict(os.environ)
-    if at_once > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // at_once)))
-    todo = [[run for run in stage if run.result() is None] for stage in stages]
-    total, begin = sum(map(len, todo)), time.monotonic()
-    print(f"{sum(map(len, stages)) - total} runs are finished, {total} to do, {at_once} at a time", flush=True)
-    done, failed = 0, []
-    for waiting in todo:
-        running: list[tuple[subprocess.Popen, Job]] = []
-        while waiting or running:
-            free = next((run for run in waiting if not in_use(run.folder)), None) if len(running) < at_once else None
-            if free:
-                waiting.remove(free)
-                running.append((free.start(environment), free))
-            ended = [(process, run) for process, run in running if process.poll() is not None]
-            for process, run in ended:
-                running.remove((process, run))
-                result = run.result()
-                if result is None and in_use(run.folder):  # another process was faster
-                    waiting.append(run)
-                    continue
-                done += 1
-                left = clock((time.monotonic() - begin) / done * (total - done))
-                if result is None:
-                    failed.append(run)
-                    print(f"{done}/{total}  failed, exit code {process.returncode}  {run}  left {left}", flush=True)
-                else:
-                    numbers = f"last {result['last']:.2f} %  best {result['best']:.2f} %  {clock(result['seconds'])}"
-                    print(f"{done}/{total}  {numbers}  {run}  left {left}", flush=True)
-            if not free and not ended:
-                time.sleep(0.2)
+def last_line(file: Path) -> str:
+    """What a run said last; of the box in which tyro explains a bad flag, the first line."""
+    text = file.read_text("utf-8", "replace")
+    return (re.findall("│ (.*?) +│", text)[:1] or [line for line in text.splitlines() if line.strip()] or ["no output"])[-1]
+
+
+def sweep(todo: list[list[str]], slots: list[str], logs: Path) -> list[str]:
+    """Run the commands, one at a time per slot, which is a device or ""; return those that failed, with their last line."""
+    stopped: list[int] = []
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda number, _: stopped.append(number))
+    env = ({"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(slots)))} if len(slots) > 1 else {}) | dict(os.environ)
+    waiting, running, seconds, failed = list(todo), {}, [], []
+    try:
+        while (waiting or running) and not stopped:
+            while waiting and slots:
+                command, device = waiting.pop(0), slots.pop(0)
+                name = " ".join([Path(command[1]).stem, *command[2:]])
+                file = logs / (re.sub(r"[^\w.,-]+", "_", name)[:200] + ".txt")
+                with open(file, "w") as output:
+                    words = [sys.executable, *command[1:], *(["--device", device] if device else [])]
+                    process = Popen(words, env=env, stdin=DEVNULL, stdout=output, stderr=output, process_group=0)
+                    running[process] = command, device, file, time.monotonic()
+            for process in [process for process in running if process.poll() is not None]:
+                command, device, file, began = running.pop(process)
+                slots.append(device)
+                seconds.append(time.monotonic() - began)
+                said = f"FAILED {shlex.join(command)}: " * (process.returncode != 0) + last_line(file)
+                failed += [said] if process.returncode else []
+                usual = mean(value for value in seconds if value >= max(seconds) / 10)  # without those finished earlier
+                left = usual * -((len(seconds) - len(todo)) // (len(slots) + len(running)))  # rounds up
+                print(f"{len(seconds)}/{len(todo)}  {said}  left {timedelta(seconds=round(left))}", flush=True)
+            time.sleep(0.1)
+    finally:  # also where printing fails
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+    if stopped:
+        fail(f"interrupted: {len(seconds)} of {len(todo)} runs have ended; continue with the same command", 128 + stopped[0])
     return failed
 
 
-def main(args: Args, shared: Flags) -> None:
-    if wrong := [pair for pair in args.pairs if pair.count("/") != 1 or not {*pair.split("/")} <= NETWORKS.keys()]:
-        fail(f"--pairs {wrong[0]} is not TEACHER/STUDENT: take two of {', '.join(NETWORKS)}", 2)
-    if args.jobs < 1:
+def main(args: Args, shared: list[list[str]]) -> None:
+    slots = list(args.devices or [""]) * args.jobs
+    if not slots:
         fail(f"--jobs {args.jobs} must be at least 1", 2)
-    stages = plan(args, shared)
-    runs = [run for stage in stages for run in stage]
+    todo = commands(args, shared)
     if args.list:
-        try:
-            print("\n".join(map(str, runs)), flush=True)
-        except BrokenPipeError:  # `| head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
-    for run in runs:
-        check(run.args)
-    failed = sweep(stages, args.jobs)
-    for run in failed:
-        print(f"failed: {run}\n        {run.last_line()}", file=sys.stderr)
-    if failed:
-        fail(f"{len(failed)} of {len(runs)} runs failed: output.txt in a run's folder says more")
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may close the pipe
+        return print("\n".join(map(shlex.join, todo)))
+    args.logs.mkdir(parents=True, exist_ok=True)
+    print(f"{len(todo)} runs, {len(slots)} at a time; what they print is in {args.logs}", flush=True)
+    if failed := sweep(todo, slots, args.logs):
+        print("\n".join(failed), file=sys.stderr)
+        fail(f"{len(failed)} of {len(todo)} runs failed", 1)
 
 
 if __name__ == "__main__":
     words = [*sys.argv[1:], "--"]
     bar = words.index("--")
+    shared = [shlex.split(flag) for flag in re.split(" (?=--)", shlex.join(words[bar + 1 : -1])) if flag]
     try:
-        main(tyro.cli(Args, description=__doc__, args=words[:bar]), split(words[bar + 1 : -1]))
-    except KeyboardInterrupt:
-        fail("interrupted: continue with the same command", 130)
+        main(tyro.cli(Args, description=__doc__, args=words[:bar]), shared)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}", 1)
