@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,6 +85,7 @@ Positive = Annotated[float, lambda v: v > 0 or "must be above 0"]
 NonNegative = Annotated[float, lambda v: v >= 0 or "must not be negative"]
 Share = Annotated[float, lambda v: 0 <= v <= 1 or "must be from 0 to 1"]
 PositiveInt = Annotated[int, lambda v: v >= 1 or "must be at least 1"]
+NonNegativeInt = Annotated[int, lambda v: v >= 0 or "must not be negative"]
 NetworkName = Annotated[str, lambda v: known_network(v) or f"is unknown: take torchvision.<name> or one of {', '.join(NETWORKS)}"]
 
 
@@ -120,9 +121,9 @@ class RunArgs:
     """directory of the data sets; for --dataset folder the one that holds train/ and val/"""
     image_size: Annotated[int, lambda v: v >= 8 or "must be at least 8"] | None = None
     """side of the images in pixels; by default the data set's own, 224 for folder"""
-    holdout: Annotated[int, lambda v: v >= 0 or "must not be negative"] = 0
+    holdout: NonNegativeInt = 0
     """training images per class to test on in place of the test images: for choosing weights"""
-    workers: Annotated[int, lambda v: v >= 0 or "must not be negative"] = 4
+    workers: NonNegativeInt = 4
     """processes that decode the images of a folder"""
     runs: Path = Path("runs")
     """parent directory for runs"""
@@ -193,36 +194,34 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def take_lock(path: Path) -> IO | None:
-    """Hold a file against all other processes until it is closed or this process ends; None if another one holds it."""
-    file = open(path, "a")  # noqa: SIM115, it stays open
-    try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError as error:
-        fail(f"{path} cannot be locked ({error.strerror}): choose a directory on another file system")
-    return file
+def take_lock(path: Path, wait: float = 0.0) -> IO | None:
+    """Hold a file against all other processes until it is closed or this process ends.
 
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for a lock and hold it."""
+    If another process holds it, wait for at most `wait` seconds, then return None.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while (lock := take_lock(path)) is None:
-        time.sleep(0.2)
-    with lock:
-        yield
+    file, end = open(path, "a"), time.monotonic() + wait  # noqa: SIM115, it stays open
+    while fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                file.close()
+                return None
+            time.sleep(0.2)
+        except OSError as error:
+            fail(f"{path} cannot be locked ({error.strerror}): choose a directory on another file system")
+    return file
 
 
 def in_use(folder: Path) -> bool:
     """Whether a process is working in a run folder."""
-    lock = take_lock(folder / ".lock") if folder.exists() else None
-    if lock:
+    if not folder.exists():
+        return False
+    if lock := take_lock(folder / ".lock", wait=0.5):  # another look lasts for a moment only
         lock.close()
-    return folder.exists() and lock is None
+    return lock is None
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -313,7 +312,7 @@ class Run:
         self.parameters: dict[int, int] = {}  # of all phases
         self.saved, self.resumed, self.child, self.estimated = "nothing saved yet", 0, None, False
         for name in "SIGINT", "SIGTERM", "SIGHUP":
-            if hasattr(signal, name):
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(getattr(signal, name), self.interrupt)
         if args.device != "cpu":  # the same sums in the same order, so that a resumed run ends as an uninterrupted one
             torch.cuda.set_device(torch.device(args.device).index or 0)  # for what takes no device, like a stream
@@ -334,11 +333,7 @@ class Run:
     def open(self, script: Path) -> None:
         """Take the folder for this process; refuse one that was made with other settings or data."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = take_lock(self.folder / ".lock")
-            if self.lock is None:  # perhaps just for the moment in which `in_use` looks
-                time.sleep(0.5)
-                self.lock = take_lock(self.folder / ".lock")
+            self.lock = take_lock(self.folder / ".lock", wait=0.5)  # `in_use` may hold it for a moment
         except OSError as error:
             fail(f"cannot use the folder {self.folder} ({error.strerror}): choose another parent directory with --runs")
         if self.lock is None:
@@ -358,14 +353,13 @@ class Run:
         changed = [copy.name for copy, source in sources.items() if copy.exists() and copy.read_bytes() != source]
         if found.get("data_sha256", self.data) != self.data:
             changed.append("the images")
+        what = ", ".join(changed)
         if changed and done:
-            say(f"note: {', '.join(changed)} changed since; for a new result take another --runs, or delete {self.folder}")
+            say(f"note: {what} changed since; for a new result take another --runs, or delete {self.folder}")
         elif "the images" in changed:
             fail(f"{self.folder} began with other images than those in {self.args.data}: restore them, or take another --runs")
         elif changed:
-            say(
-                f"note: {', '.join(changed)} changed since this run began; it goes on with the new code, its folder keeps the old"
-            )
+            say(f"note: {what} changed since this run began; it goes on with the new code, its folder keeps the old")
         if done:
             self.show(done)
             raise SystemExit(0)
@@ -377,17 +371,22 @@ class Run:
 
     def kept(self, name: str) -> dict[str, Any]:
         """A JSON file of the run's folder; empty if there is none."""
-        try:
-            return dict(json.loads((self.folder / name).read_text())) if (self.folder / name).exists() else {}
-        except ValueError as error:
-            fail(f"{self.folder / name} is damaged ({one_line(error)}): delete the folder to start this run again")
+        file, content = self.folder / name, None
+        with contextlib.suppress(ValueError):
+            content = json.loads(file.read_text()) if file.exists() else {}
+        wanted = {"last", "best", "epochs"} if content and name == "result.json" else set()
+        if not isinstance(content, dict) or not wanted <= content.keys():
+            fail(f"{file} is damaged: delete the folder to start this run again")
+        return content
 
     def epochs(self, total: int, trained: nn.ModuleDict, optimizer: Any, scheduler: Any, phase: str = "") -> Iterator[int]:
         """The epochs left of `total`, counted from 1, of the run or of one phase of it; call `log` once in each.
 
         Loads the last checkpoint into the three before the first epoch. A finished phase loads its end and yields nothing.
         """
-        file = self.folder / (f"checkpoint-{phase}.pt" if phase else "checkpoint.pt")
+        file, where = self.folder / "checkpoint.pt", ""
+        if phase:
+            file, where = self.folder / f"checkpoint-{phase}.pt", f" of phase {phase}"
         self.introduce(trained, phase)
         state = read_checkpoint(file) if file.exists() else {"rows": []}
         if state["rows"]:
@@ -398,16 +397,18 @@ class Run:
             except (KeyError, RuntimeError, ValueError) as error:
                 fail(f"{file} does not fit this script ({one_line(error)}): delete {self.folder} to start again")
             self.resumed = state["resumed"] + (len(state["rows"]) < total)
+            self.saved = f"saved up to epoch {len(state['rows'])}{where}"
             say(f"continuing after epoch {len(state['rows'])} of {total}")
-            self.saved = f"saved up to epoch {len(state['rows'])}" + (f" of phase {phase}" if phase else "")
         for group in optimizer.param_groups:  # a graph reads the rate from the device, where the scheduler changes it in place
             on_device = self.args.device != "cpu" or GRAPH  # with or without a graph, so that both have the same float32
             group["lr"] = torch.as_tensor(group["lr"], device=self.args.device).float() if on_device else float(group["lr"])
         earlier = len(self.rows)
         self.phase, self.total, self.scheduler, self.rows = phase, total, scheduler, self.rows + state["rows"]
-        saved = time.monotonic()
+        saved, draws = time.monotonic(), torch.random.get_rng_state()
         for epoch in range(len(state["rows"]) + 1, total + 1):
             self.started = time.perf_counter()
+            seed = [self.args.seed, epoch, *phase.encode()]  # of what draws from PyTorch's global state, like dropout
+            torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
             yield epoch
             if epoch == total or time.monotonic() - saved >= SAVE_EVERY:
                 state = dict(trained=trained.state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict())
@@ -415,8 +416,8 @@ class Run:
                     self.diverged(f"a weight is no longer finite after epoch {epoch}")
                 write(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
                 write_checkpoint(file, state | dict(rows=self.rows[earlier:], resumed=self.resumed))  # last: the rest is redone
-                saved = time.monotonic()
-                self.saved = f"saved up to epoch {epoch}" + (f" of phase {phase}" if phase else "")
+                self.saved, saved = f"saved up to epoch {epoch}{where}", time.monotonic()
+        torch.random.set_rng_state(draws)  # what is built after a phase is the same after a resume
 
     def introduce(self, trained: nn.ModuleDict, phase: str) -> None:
         """Say what is about to be trained, and count its parameters."""
@@ -426,8 +427,8 @@ class Run:
         settings = ", ".join(f"{flag.replace('_', '-')} {shown(value)}" for flag, value in self.changed.items())
         say(f"student     {self.args.student}, seed {self.args.seed}, {self.args.device}; changed flags: {settings or 'none'}")
         self.student = count(trained["student"])
-        extra = sum(self.parameters.values()) - self.student
-        say(f"parameters  {self.student:,} in the student" + (f" plus {extra:,} used only in training" if extra else ""))
+        self.extra = sum(self.parameters.values()) - self.student
+        say(f"parameters  {self.student:,} in the student" + (f" plus {self.extra:,} in auxiliary modules" if self.extra else ""))
 
     def meter(self, total: int) -> Meter:
         """A meter for one epoch over `total` images. On a terminal it shows how far the epoch is."""
@@ -483,13 +484,12 @@ class Run:
         write(self.folder / "student.pt", buffer.getvalue())
         rows = [row for row in self.rows if row["phase"] == ""]
         best = max(rows, key=lambda row: row["test"])
+        parameters = dict(student=self.student, extra=self.extra, at_test=count(deployed))
+        graph = GRAPH and self.args.device != "cpu"
         result = dict(method=self.method, args=self.settings, last=rows[-1]["test"], best=best["test"], best_epoch=best["epoch"])
-        result["teacher"] = teacher and teacher.record
-        extra = sum(self.parameters.values()) - self.student
-        result["parameters"] = dict(student=self.student, extra=extra, at_test=count(deployed))
+        result |= dict(teacher=teacher and teacher.record, parameters=parameters)
         result |= dict(student_sha256=sha256(self.folder / "student.pt"), data_sha256=self.data, resumed=self.resumed)
         result |= dict(epochs=len(rows), seconds=round(sum(row["seconds"] for row in self.rows), 1))
-        graph = GRAPH and self.args.device != "cpu"
         result |= hardware(self.args.device) | dict(cuda_graph=graph, commit=self.commit, dirty=self.dirty)
         write(self.folder / "result.json", json.dumps(result, indent=1) + "\n")
         self.show(result)
@@ -504,7 +504,7 @@ class Run:
 # ----------------------------------------------------------------------------------------------------------------------- data
 
 
-Split = tuple[np.ndarray, np.ndarray]  # uint8 pixels (N, size, size, 3) and integer labels (N,)
+Split = tuple[np.ndarray, np.ndarray]  # uint8 pixels (N, size, size, 3), or the files of a folder (N,), and integer labels (N,)
 
 
 class RawData(NamedTuple):
@@ -554,39 +554,45 @@ def read_cifar(name: str, data: Path, size: int | None) -> RawData:
     folder, skip = data / cifar["folder"], cifar["label_bytes"]
     if not folder.is_dir():
         train, test = from_torchvision(cifar["torchvision"], data, dict(train=True), dict(train=False))
-        return RawData(*((part.data, np.array(part.targets)) for part in (train, test)), train.classes, *cifar["statistics"])
+        splits = [(part.data, np.array(part.targets)) for part in (train, test)]
+        return RawData(*splits, train.classes, *cifar["statistics"])
 
-    def read(hashes: dict[str, str]) -> Split:
+    def records(hashes: dict[str, str]) -> Split:
         for file, official in hashes.items():
             if not (folder / file).is_file() or sha256(folder / file) != official:
                 fail(f"{folder / file} is missing or not the official file: delete {folder} and start again to download it")
         rows = np.concatenate([np.fromfile(folder / file, np.uint8).reshape(-1, skip + 3072) for file in hashes])
         return rows[:, skip:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, skip - 1]
 
-    names = (folder / cifar["names"]).read_text().split() if (folder / cifar["names"]).is_file() else None
-    train, test = read(cifar["train"]), read(cifar["test"])
-    return RawData(train, test, names or [str(k) for k in range(train[1].max() + 1)], *cifar["statistics"])
+    train, test, file = records(cifar["train"]), records(cifar["test"]), folder / cifar["names"]
+    names = file.read_text().split() if file.is_file() else [str(k) for k in range(train[1].max() + 1)]
+    return RawData(train, test, names, *cifar["statistics"])
 
 
 def from_torchvision(kind: Any, data: Path, *splits: dict[str, Any]) -> list[Any]:
     """Splits of one of torchvision's data sets, which are downloaded if they are missing; one process at a time."""
     try:
-        with locked(data / ".lock"):
+        with take_lock(data / ".lock", wait=math.inf):
             return [kind(data, **split, download=True) for split in splits]
     except (OSError, RuntimeError) as error:
         fail(f"cannot read or download {kind.__name__} in {data} ({one_line(error)}): put it there, or try --dataset synthetic")
 
 
 def cached(folder: Path, size: int, decode: Callable[[], tuple[Split, Split]]) -> tuple[Split, Split]:
-    """The arrays in <folder>/{train,test}_{x,y}.npy; the first time they are decoded, resized and put there."""
+    """The arrays in <folder>_<size>/{train,test}_{x,y}.npy; the first time they are decoded, resized and put there."""
+    folder = folder.with_name(f"{folder.name}_{size}")
     files = [folder / f"{part}.npy" for part in ("train_x", "train_y", "test_x", "test_y")]
-    with locked(folder.with_name(f".{folder.name}.lock")):
-        if not all(file.is_file() for file in files):
-            say(f"decoding images into {folder}, once")
-            folder.mkdir(exist_ok=True)
-            for file, array in zip(files, [array for x, y in decode() for array in (resize(x, size), y)]):
-                np.save(folder / "unfinished.npy", array)
-                os.replace(folder / "unfinished.npy", file)
+    if not all(file.is_file() for file in files):
+        try:
+            with take_lock(folder.with_name(f".{folder.name}.lock"), wait=math.inf):
+                if not all(file.is_file() for file in files):  # another process may have written them meanwhile
+                    say(f"decoding images into {folder}, once")
+                    folder.mkdir(exist_ok=True)
+                    for file, array in zip(files, [array for x, y in decode() for array in (resize(x, size), y)]):
+                        np.save(folder / "unfinished.npy", array)
+                        os.replace(folder / "unfinished.npy", file)
+        except OSError as error:
+            fail(f"cannot write {folder} ({error.strerror}): choose another --data, or make room")
     try:
         train_x, train_y, test_x, test_y = map(np.load, files)
     except (OSError, ValueError) as error:
@@ -609,9 +615,7 @@ def read_stl10(data: Path, size: int | None) -> RawData:
         return tuple((part.data.transpose(0, 2, 3, 1), part.labels) for part in (train, test))
 
     names = "airplane bird car cat deer dog horse monkey ship truck".split()
-    return RawData(
-        *cached(data / f"stl10_{size or 96}", size or 96, decode), names, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2712)
-    )
+    return RawData(*cached(data / "stl10", size or 96, decode), names, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2712))
 
 
 def read_tinyimagenet(data: Path, size: int | None) -> RawData:
@@ -629,14 +633,13 @@ def read_tinyimagenet(data: Path, size: int | None) -> RawData:
         fail(f"{error.filename} is missing: unpack tiny-imagenet-200.zip of cs231n.stanford.edu in {data}")
 
     def decode() -> tuple[Split, Split]:
-        train = [
-            (file, k) for k, wnid in enumerate(wnids) for file in sorted((folder / "train" / wnid / "images").glob("*.JPEG"))
-        ]
+        by_class = [sorted((folder / "train" / wnid / "images").glob("*.JPEG")) for wnid in wnids]
+        train = [(file, k) for k, files in enumerate(by_class) for file in files]
         test = [(folder / "val" / "images" / file, wnids.index(wnid)) for file, wnid in val]
         return tuple((np.stack([open_image(file) for file, _ in part]), np.array([k for _, k in part])) for part in (train, test))
 
     names = [words.get(wnid, wnid) for wnid in wnids]
-    return RawData(*cached(data / f"tinyimagenet_{size or 64}", size or 64, decode), names, *IMAGENET)
+    return RawData(*cached(data / "tinyimagenet", size or 64, decode), names, *IMAGENET)
 
 
 def open_image(file: Path) -> Image.Image:
@@ -719,10 +722,11 @@ class ImageSet:
     seeded anew in each epoch, the source of all that a method draws itself; `epoch` and `batches`; `normalize`, `denormalize`.
     """
 
-    def __init__(self, labels: np.ndarray, names: list[str], size: int, mean: Any, std: Any, args: RunArgs):
-        self.args, self.device, self.names, self.classes, self.size = args, torch.device(args.device), names, len(names), size
+    def __init__(self, labels: np.ndarray, size: int, raw: RawData, args: RunArgs):
+        self.args, self.device, self.size = args, torch.device(args.device), size
+        self.names, self.classes = raw.names, len(raw.names)
         self.labels = torch.from_numpy(labels.astype(np.int64)).to(self.device)
-        mean, std = torch.tensor(mean), torch.tensor(std)
+        mean, std = torch.tensor(raw.mean), torch.tensor(raw.std)
         table = (torch.arange(256)[:, None] / 255 - mean) / std  # on the CPU: the same floats on every device
         self.table, self.channel = table.T.flatten().to(self.device), 256 * torch.arange(3, device=self.device)
         self.mean, self.std = mean[:, None, None].to(self.device), std[:, None, None].to(self.device)
@@ -741,21 +745,24 @@ class ImageSet:
         """Pixels in [0, 1] of normalized images (B, 3, H, W)."""
         return x * self.std + self.mean
 
-    def shuffle(self, epoch: int, phase: str) -> Tensor:
-        """The order of an epoch; seeds `generator`. It depends on (seed, phase, epoch) alone, also after a resume."""
-        self.generator.manual_seed(int(np.random.SeedSequence([self.args.seed, epoch, *phase.encode()]).generate_state(1)[0]))
-        return torch.randperm(len(self), generator=self.generator)
-
     def epoch(self, epoch: int, phase: str = "", views: int = 1) -> Iterator[tuple[Tensor, ...]]:
         """All images once, shuffled and augmented: batches of x (B, 3, size, size), once for each view, y (B,), index (B,).
 
         The views of an image are independent draws; the first is the same for any number of views. `index` counts the
-        training images. All draws are the same for every method, device and number of workers.
+        training images. All draws depend on (seed, epoch, phase) alone: not on method, device, workers or a resume.
         """
-        raise NotImplementedError
+        seed = [self.args.seed, epoch, *phase.encode()]
+        self.generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+        for pixels, index in self.load(torch.randperm(len(self), generator=self.generator), seed, views):
+            yield *(self.normalize(view) for view in pixels), self.labels[index], index
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All images once, in order, not augmented: batches of x (B, 3, size, size), y (B,)."""
+        for (pixels,), index in self.load(torch.arange(len(self))):
+            yield self.normalize(pixels), self.labels[index]
+
+    def load(self, order: Tensor, seed: list[int] | None = None, views: int = 1) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
+        """Batches of the images `order` (N,): their views, uint8 (B, 3, size, size), and index (B,); no `seed`: not augmented."""
         raise NotImplementedError
 
 
@@ -767,7 +774,7 @@ class Resident(ImageSet):
 
     def __init__(self, split: Split, raw: RawData, args: RunArgs, padding: str):
         pixels, labels = split
-        super().__init__(labels, raw.names, pixels.shape[1], raw.mean, raw.std, args)
+        super().__init__(labels, pixels.shape[1], raw, args)
         self.padding = self.size // 8
         padded = np.pad(pixels, [(0, 0), *[(self.padding, self.padding)] * 2, (0, 0)], mode=padding)
         self.side, self.steps = padded.shape[1], torch.arange(self.size, device=self.device)
@@ -786,30 +793,24 @@ class Resident(ImageSet):
         columns = left + torch.where(flip == 1, self.size - 1 - self.steps, self.steps)
         return self.pixels[rows[:, :, None] * self.side + columns[:, None, :]].permute(0, 3, 1, 2)
 
-    def epoch(self, epoch: int, phase: str = "", views: int = 1) -> Iterator[tuple[Tensor, ...]]:
-        order = self.shuffle(epoch, phase).to(self.device)
-        offsets = [self.offsets().split(self.args.batch_size, dim=1) for _ in range(views)]  # all before the first batch
-        for index, *crops in zip(order.split(self.args.batch_size), *offsets):
-            yield *(self.normalize(self.crop(index, crop)) for crop in crops), self.labels[index], index
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        middle = torch.tensor([[self.padding], [self.padding], [0]], device=self.device)
-        for index in torch.arange(len(self), device=self.device).split(500):
-            yield self.normalize(self.crop(index, middle.expand(3, len(index)))), self.labels[index]
+    def load(self, order: Tensor, seed: list[int] | None = None, views: int = 1) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
+        middle = torch.tensor([[self.padding], [self.padding], [0]], device=self.device).expand(3, len(self))
+        offsets = [self.offsets() if seed else middle for _ in range(views)]  # all before the first batch
+        n = self.args.batch_size if seed else 500
+        for index, *crops in zip(order.to(self.device).split(n), *(part.split(n, dim=1) for part in offsets)):
+            yield [self.crop(index, crop) for crop in crops], index
 
 
 class Folder(ImageSet):
     """Image files, decoded by worker processes: RandomResizedCrop and flip to train, Resize by 8/7 and CenterCrop to test."""
 
-    def __init__(self, samples: list[tuple[str, int]], names: list[str], size: int, args: RunArgs):
-        super().__init__(np.array([label for _, label in samples]), names, size, *IMAGENET, args)
-        self.files = [Path(file) for file, _ in samples]
+    def __init__(self, split: Split, raw: RawData, args: RunArgs):
+        self.files, labels = split
+        super().__init__(labels, args.image_size or 224, raw, args)
 
-    def load(self, order: Tensor, seed: list[int] | None, views: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 views (B, views, 3, size, size) of the images in `order` and their index (B,); `seed` None: not augmented."""
-        files = Files(self.files, self.size, seed, views)
+    def load(self, order: Tensor, seed: list[int] | None = None, views: int = 1) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
         loader = DataLoader(
-            files,
+            Files(self.files, self.size, seed, views),
             batch_sampler=[part.tolist() for part in order.split(self.args.batch_size)],
             num_workers=min(self.args.workers, os.cpu_count()),
             worker_init_fn=ignore_signals,
@@ -819,22 +820,13 @@ class Folder(ImageSet):
         for pixels, index in loader:
             if (index < 0).any():
                 open_image(self.files[-1 - int(index.min())])  # ends the program, naming the file
-            yield pixels.to(self.device, non_blocking=True), index.to(self.device, non_blocking=True)
-
-    def epoch(self, epoch: int, phase: str = "", views: int = 1) -> Iterator[tuple[Tensor, ...]]:
-        order = self.shuffle(epoch, phase)
-        for pixels, index in self.load(order, [self.args.seed, epoch, *phase.encode()], views):
-            yield *(self.normalize(view) for view in pixels.unbind(1)), self.labels[index], index
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for pixels, index in self.load(torch.arange(len(self)), None):
-            yield self.normalize(pixels[:, 0]), self.labels[index]
+            yield pixels.to(self.device, non_blocking=True).unbind(1), index.to(self.device, non_blocking=True)
 
 
 class Files(torch.utils.data.Dataset):
     """Image files as views (views, 3, size, size), uint8, drawn from (seed, image) alone; with their index, < 0 if damaged."""
 
-    def __init__(self, files: list[Path], size: int, seed: list[int] | None, views: int):
+    def __init__(self, files: np.ndarray, size: int, seed: list[int] | None, views: int):
         self.files, self.seed, self.views = files, seed, views
         train = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
         test = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size)]
@@ -857,6 +849,18 @@ def ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def read_folder(data: Path) -> RawData:
+    """The files in train/<class>/ and val/<class>/, as torchvision's ImageFolder finds them."""
+    try:
+        train, test = (datasets.ImageFolder(data / split) for split in ("train", "val"))
+    except OSError as error:
+        fail(f"--data {data} needs train/<class>/ and val/<class>/ with images: {one_line(error)}")
+    if train.classes != test.classes:
+        fail(f"{data}: train/ and val/ differ in the classes {', '.join({*train.classes} ^ {*test.classes})}")
+    splits = [(np.array([file for file, _ in part.samples]), np.array(part.targets)) for part in (train, test)]
+    return RawData(*splits, train.classes, *IMAGENET)
+
+
 def held_out(labels: np.ndarray, n: int) -> np.ndarray:
     """Which images (N,) --holdout takes out of the training set: n per class, the same ones for every seed."""
     order = np.random.default_rng(0).permutation(len(labels))
@@ -868,24 +872,15 @@ def held_out(labels: np.ndarray, n: int) -> np.ndarray:
 
 def load_data(args: RunArgs, padding: str = "constant") -> tuple[ImageSet, ImageSet]:
     """Training and test images of args.dataset; `padding` is a mode of numpy.pad for resident sets, "constant" pads black."""
-    if args.dataset == "folder":
-        try:
-            train, test = (datasets.ImageFolder(args.data / split) for split in ("train", "val"))
-        except OSError as error:
-            fail(f"--data {args.data} needs train/<class>/ and val/<class>/ with images: {one_line(error)}")
-        if train.classes != test.classes:
-            fail(f"{args.data}: train/ and val/ differ in the classes {', '.join({*train.classes} ^ {*test.classes})}")
-        files, files_test, names = np.array(train.samples, dtype=object), test.samples, train.classes
-        if args.holdout:
-            held = held_out(np.array(train.targets), args.holdout)
-            files, files_test = files[~held], files[held]
-        train, test = (Folder(list(part), names, args.image_size or 224, args) for part in (files, files_test))
+    folder = args.dataset == "folder"
+    raw = read_folder(args.data) if folder else read(args.dataset, Path(args.data), args.image_size)
+    train, test = raw.train, raw.test
+    if args.holdout:
+        held = held_out(train[1], args.holdout)
+        train, test = (tuple(array[chosen] for array in train) for chosen in (~held, held))
+    if folder:
+        train, test = Folder(train, raw, args), Folder(test, raw, args)
     else:
-        raw = read(args.dataset, Path(args.data), args.image_size)
-        train, test = raw.train, raw.test
-        if args.holdout:
-            held = held_out(train[1], args.holdout)
-            train, test = (tuple(array[chosen] for array in train) for chosen in (~held, held))
         train, test = Resident(train, raw, args, padding), Resident(test, raw, args, "constant")
     if args.batch_size > len(train):
         fail(f"--batch-size {args.batch_size} is larger than the {len(train):,} training images of {args.dataset}", 2)
@@ -920,7 +915,7 @@ def download(url: str) -> Path:
 def load_weights(net: nn.Module, file: Path) -> None:
     """Load a state dict, bare or under "model" or "state_dict", with or without "module." before its names.
 
-    Anything else than the weights of such a network ends the program with one line. Nothing in the file can run code.
+    Any other content ends the program with one line. Nothing in the file can run code.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # what is wrong is said below
@@ -931,8 +926,12 @@ def load_weights(net: nn.Module, file: Path) -> None:
         fail(f"{file} is not a checkpoint that torch can read ({one_line(error)})")
     for key in "model", "state_dict":
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        fail(f"{file} holds no state dict (names with tensors), neither bare nor under 'model' or 'state_dict'")
+
+    def usable(name: Any, value: Any) -> bool:
+        return isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+
+    if not isinstance(state, dict) or not all(map(usable, state.keys(), state.values())):
+        fail(f"{file} holds no state dict (names with dense tensors), neither bare nor under 'model' or 'state_dict'")
     state = {name.removeprefix("module."): value for name, value in state.items()}
     own = net.state_dict()
     state |= {name: own[name] for name in own.keys() - state.keys() if name.endswith("num_batches_tracked")}
@@ -942,6 +941,8 @@ def load_weights(net: nn.Module, file: Path) -> None:
         fail(f"{file} was trained for {len(state[bias])} classes, this data set has {len(own[bias])}")
     if wrong:
         fail(f"{file} holds another network's weights: the first difference is {wrong[0]}")
+    if wrong := [name for name, value in state.items() if not value.isfinite().all()]:
+        fail(f"{file} holds weights that are not finite: {wrong[0]}")
     net.load_state_dict(state)
 
 
@@ -952,7 +953,7 @@ def find_teacher(run: "Run") -> tuple[Path, str]:
         try:
             return download(models.get_model_weights(args.teacher.removeprefix("torchvision."))[str(weights)].url), str(weights)
         except (KeyError, OSError) as error:
-            fail(f"--teacher-weights {weights} is neither a file nor weights of {args.teacher} to be had ({one_line(error)})", 2)
+            fail(f"--teacher-weights {weights} is neither a file nor available weights of {args.teacher} ({one_line(error)})", 2)
     if weights is not None:
         return weights, str(weights)
     shipped = ROOT / "teachers" / args.dataset / f"{args.teacher}.pt"
@@ -963,14 +964,15 @@ def find_teacher(run: "Run") -> tuple[Path, str]:
     short = {flag: value for flag, value in run.changed.items() if flag in ("epochs", "batch_size", "milestones")}
     names = [run_name("vanilla", [args.teacher, args.dataset], flags, 1) for flags in (shared, short | shared)]
     full, like_student = (Path(args.runs) / name for name in names)
-    key = args.dataset, args.teacher
-    if not (full / "result.json").exists() and key in PUBLIC and not shared:  # public teachers saw the images held out
+    result, key = full / "result.json", (args.dataset, args.teacher)
+    if not result.exists() and key in PUBLIC and not shared:  # public teachers saw the images held out
         url = PUBLIC_URL.format(*key, PUBLIC[key])
         try:
             return download(url), url
         except OSError as error:
             say(f"no public teacher: {url} cannot be downloaded ({one_line(error)})")
-    folder, flags = (full, shared) if (full / "result.json").exists() or in_use(full) else (like_student, short | shared)
+    take_full = result.exists() or in_use(full) or result.exists()  # it may have ended in between
+    folder, flags = (full, shared) if take_full else (like_student, short | shared)
     if not (folder / "result.json").exists():
         train_teacher(run, flags, folder)
     return folder / "student.pt", str(folder)
@@ -985,12 +987,13 @@ def train_teacher(run: "Run", flags: dict[str, Any], folder: Path) -> None:
     command = [sys.executable, str(script)]
     for flag, value in options.items():
         command += [f"--{flag.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
-    while not result.exists():
+    while True:
         if in_use(folder):
             say(f"waiting for the process that trains the teacher in {folder}")
             while in_use(folder):
                 time.sleep(1)
-            continue
+        if result.exists():
+            return
         say(f"no teacher {args.teacher} for {args.dataset} yet: training one first, then the student: {shlex.join(command[1:])}")
         own_group = dict(process_group=0) if fcntl else {}  # so that Ctrl-C reaches it through `Run.interrupt` alone
         run.child = subprocess.Popen(command, **own_group)
@@ -1000,7 +1003,7 @@ def train_teacher(run: "Run", flags: dict[str, Any], folder: Path) -> None:
             run.child.wait()
             raise
         run.child = None
-        if not result.exists() and not in_use(folder):
+        if not in_use(folder) and not result.exists():
             fail(f"training the teacher ended with exit code {code}: continue with the same command", code if code > 0 else 1)
 
 
@@ -1011,14 +1014,15 @@ def load_teacher(run: "Run", test: ImageSet) -> nn.Module:
     checked by hash; a run of methods/vanilla.py with the epochs, milestones and batch size given here, trained if missing.
     A run keeps its teacher: once begun, it continues with the same bits or not at all.
     """
-    args, pin = run.args, run.folder / "teacher.json"
-    began = json.loads(pin.read_text()) if pin.exists() else None
-    file, source = find_teacher(run) if began is None or args.teacher_weights else (Path(began["file"]), began["source"])
+    args, began = run.args, run.kept("teacher.json")
+    file, source = find_teacher(run) if not began or args.teacher_weights else (Path(began["file"]), began["source"])
     if not file.is_file() or (began and sha256(file) != began["sha256"]):
         which = f"{began['file']} (SHA-256 {began['sha256'][:12]})"
         fail(f"{run.folder} began with the teacher {which}, which is missing or changed: restore it, or take another --runs")
     name = file.with_name("result.json") if file.name == "student.pt" else file.with_suffix(".json")
-    result = json.loads(name.read_text()) if name.is_file() else {}
+    result: dict[str, Any] = {}
+    with contextlib.suppress(OSError, TypeError, ValueError):  # there is none, or it is somebody else's
+        result = dict(json.loads(name.read_text()))
     digest, epochs = sha256(file), result.get("epochs")
     if result.get("student_sha256", digest) != digest:
         fail(f"{file} is damaged: its SHA-256 is not the one in {name}")
@@ -1027,7 +1031,7 @@ def load_teacher(run: "Run", test: ImageSet) -> nn.Module:
     if source.startswith("https") and args.dataset == "cifar10":
         teacher.conv1.weight.data *= test.std / torch.tensor(PUBLIC_CIFAR10_STD, device=test.device)[:, None, None]
     teacher.eval().requires_grad_(False)
-    write(pin, json.dumps(dict(file=str(file), source=source, sha256=digest)) + "\n")
+    write(run.folder / "teacher.json", json.dumps(dict(file=str(file), source=source, sha256=digest)) + "\n")
     teacher.record = dict(name=args.teacher, accuracy=accuracy(teacher, test), sha256=digest, source=source, epochs=epochs)
     trained = f"{epochs} epochs, " if epochs else ""
     say(f"teacher     {args.teacher}, {teacher.record['accuracy']:.2f} % test accuracy, {trained}{source}, SHA-256 {digest[:12]}")
@@ -1038,7 +1042,7 @@ def load_teacher(run: "Run", test: ImageSet) -> nn.Module:
 
 
 class Features(NamedTuple):
-    """What a network shows besides its logits; `feature_shapes` gives the same with shapes in place of tensors."""
+    """What a network returns besides its logits; `feature_shapes` gives the same with shapes in place of tensors."""
 
     maps: list[Any]  # f0 (stem), f1 ... fk (stages), each (B, C, H, W), as the published code takes them
     preacts: list[Any]  # the same before their last ReLU
@@ -1155,9 +1159,7 @@ def cuda_graph(step: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str
 
 def known_network(name: str) -> bool:
     """Whether `build` can make this network."""
-    return name in NETWORKS or (
-        name.startswith("torchvision.") and name.removeprefix("torchvision.") in models.list_models(models)
-    )
+    return name in NETWORKS or name in {f"torchvision.{network}" for network in models.list_models(models)}
 
 
 def build(name: str, classes: int, device: str | torch.device = "cpu") -> nn.Module:
@@ -1171,8 +1173,8 @@ def build(name: str, classes: int, device: str | torch.device = "cpu") -> nn.Mod
 def from_torchvision_models(name: str, classes: int) -> nn.Module:
     """A classification network of torchvision.models, with its parameter names, that gives (logits, Features).
 
-    maps: the last map of each resolution that the rest of the network sees nothing past, i.e. no inside of a residual block;
-    preacts: what a ReLU turns into them, where there is one; pooled: what enters the last linear layer.
+    maps: the last map of each resolution that nothing bypasses, which excludes the inside of a residual block; preacts: what
+    a ReLU turns into them, where there is one; pooled: what enters the last linear layer.
     """
     x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     entered: list[Tensor] = []
@@ -1190,24 +1192,19 @@ def from_torchvision_models(name: str, classes: int) -> nn.Module:
         *nodes, end = traced.eval_graph.nodes
         place = {node: k for k, node in enumerate(nodes)}
         last_use = {node: max((place[user] for user in node.users if user is not end), default=0) for node in nodes}
-        narrow = [
-            all(last_use[m] <= k or m.op == "get_attr" for m in nodes[:k]) for k in range(len(nodes))
-        ]  # nothing bypasses it
+        # narrow[k]: nothing bypasses node k, i.e. no later node reads what was computed before it
+        narrow = [all(last_use[m] <= k or m.op == "get_attr" for m in nodes[:k]) for k in range(len(nodes))]
 
         maps, wanted = {}, {}
         for path, value in values.items():  # the last one that fits wins
-            square = (
-                value.ndim == 4 and value.shape[2] == value.shape[3] > 1 and value.shape[1] != 3
-            )  # no map is the image itself
-            if square and narrow[place[end.args[0][path]]]:
+            is_map = value.ndim == 4 and value.shape[2] == value.shape[3] > 1 and value.shape[1] != 3  # 3: the image itself
+            if is_map and narrow[place[end.args[0][path]]]:
                 maps[value.shape[2]] = path
             if torch.equal(value, entered[0]):
                 wanted = {path: "pooled", last_linear: "logits"}
         for k, side in enumerate(sorted(maps, reverse=True)):
-            mapped = values[maps[side]]
-            before = [
-                path for path, value in values.items() if not torch.equal(value, mapped) and torch.equal(value.relu(), mapped)
-            ]
+            after = values[maps[side]]
+            before = [path for path, value in values.items() if not value.equal(after) and value.relu().equal(after)]
             wanted |= {maps[side]: f"map{k}"} | ({before[-1]: f"preact{k}"} if before else {})
         net = create_feature_extractor(model, wanted)
     except Exception as error:  # tracing can fail in as many ways as there are networks
@@ -1230,44 +1227,70 @@ def conv(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, groups: int = 
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
 
 
+def conv_bn(c_in: int, c_out: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    return conv(c_in, c_out, kernel, stride, groups), nn.BatchNorm2d(c_out)
+
+
+def projection(c_in: int, c_out: int, stride: int) -> nn.Sequential:
+    """The shortcut of a residual block: nothing, or a 1x1 convolution and batch norm where width or resolution changes."""
+    return nn.Sequential(*conv_bn(c_in, c_out, 1, stride) if stride != 1 or c_in != c_out else ())
+
+
+def stage(block: Callable[[int, int, int], nn.Module], c_in: int, c_out: int, stride: int, n: int) -> nn.Sequential:
+    """n blocks, made from (c_in, c_out, stride); the first one changes width and resolution."""
+    return nn.Sequential(block(c_in, c_out, stride), *(block(c_out, c_out, 1) for _ in range(n - 1)))
+
+
+def init_convs(net: nn.Module) -> nn.Module:
+    """Convolutions N(0, sqrt(2 / (k * k * c_out))), also depthwise ones, as in the published networks; their biases 0."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return net
+
+
 class Staged(nn.Module):
     """Stem conv1-bn1-ReLU, stages layer1 ... layerk of blocks that return (output, preact), pooling, a linear classifier.
 
-    `top`, where given, is the width of a 1x1 convolution between the last stage and the pooling.
+    `plan`: (c_in, c_out, stride, number of blocks) of each stage; `linear`: the classifier's name; `kernel`: the stem's;
+    `norm`: the batch norm of a block before its last ReLU; `top`: width of a 1x1 convolution before the pooling.
     """
 
-    def __init__(self, stem: nn.Conv2d, layers: list[list[nn.Module]], width: int, classes: int, classifier: str, top: int = 0):
+    def __init__(self, classes: int, block: Any, plan: Any, linear: str, kernel: int = 3, norm: str = "", top: int = 0):
         super().__init__()
-        self.conv1, self.bn1 = stem, nn.BatchNorm2d(stem.out_channels)
-        self.layers = [f"layer{k}" for k in range(1, len(layers) + 1)]
-        for name, blocks in zip(self.layers, layers):
-            self.add_module(name, nn.Sequential(*blocks))
+        stages = {f"layer{k}": stage(block, *row) for k, row in enumerate(plan, 1)}  # the order of random draws: stages, stem
+        self.conv1, self.bn1 = conv_bn(3, plan[0][0], kernel)
+        for name, blocks in stages.items():
+            self.add_module(name, blocks)
+        width = plan[-1][1]
         if top:
-            self.conv2, self.bn2 = conv(width, top, 1), nn.BatchNorm2d(top)
-        self.top, self.classifier = bool(top), classifier
-        self.add_module(classifier, nn.Linear(top or width, classes))
+            self.conv2, self.bn2 = conv_bn(width, top, 1)
+        self.add_module(linear, nn.Linear(top or width, classes))
+        self.stages, self.linear_name, self.top = list(stages), linear, top
+        if norm:
+            self.stage_norms = [f"{name}.{len(blocks) - 1}.{norm}" for name, blocks in stages.items()]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         x = F.relu(self.bn1(self.conv1(x)))
         maps, preacts = [x], [x]
-        for name in self.layers:
-            for block in getattr(self, name):
+        for name in self.stages:
+            for block in self.get_submodule(name):
                 x, preact = block(x)
             maps.append(x)
             preacts.append(preact)
         last = F.relu(self.bn2(self.conv2(x))) if self.top else x
         pooled = last.mean((2, 3))
-        return getattr(self, self.classifier)(pooled), Features(maps, preacts, last, pooled)
+        return self.get_submodule(self.linear_name)(pooled), Features(maps, preacts, last, pooled)
 
 
 class BasicBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = conv(c_in, c_out, 3, stride), nn.BatchNorm2d(c_out)
-        self.conv2, self.bn2 = conv(c_out, c_out), nn.BatchNorm2d(c_out)
-        self.downsample = nn.Sequential()
-        if stride != 1 or c_in != c_out:
-            self.downsample = nn.Sequential(conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out))
+        self.conv1, self.bn1 = conv_bn(c_in, c_out, 3, stride)
+        self.conv2, self.bn2 = conv_bn(c_out, c_out)
+        self.downsample = projection(c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         preact = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.downsample(x)
@@ -1276,22 +1299,18 @@ class BasicBlock(nn.Module):
 
 def resnet(classes: int, depth: int, widths: tuple[int, ...] = (16, 16, 32, 64)) -> nn.Module:
     """CIFAR ResNet of 6n + 2 layers (He et al. 2016) with projection shortcuts; widths are those of stem and stages."""
-    plan, n = zip(widths, widths[1:], (1, 2, 2)), (depth - 2) // 6
-    layers = [[BasicBlock(a, b, s), *(BasicBlock(b, b, 1) for _ in range(n - 1))] for a, b, s in plan]
-    net = init_kaiming(Staged(conv(3, widths[0]), layers, widths[-1], classes, "fc"))
-    net.stage_norms = [f"layer{k}.{n - 1}.bn2" for k in (1, 2, 3)]
-    return net
+    plan = [(c_in, c_out, stride, (depth - 2) // 6) for c_in, c_out, stride in zip(widths, widths[1:], (1, 2, 2))]
+    return init_convs(Staged(classes, BasicBlock, plan, "fc", norm="bn2"))
 
 
 class Bottleneck(nn.Module):
-    def __init__(self, c_in: int, width: int, stride: int):
+    def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = conv(c_in, width, 1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or c_in != 4 * width:
-            self.shortcut = nn.Sequential(conv(c_in, 4 * width, 1, stride), nn.BatchNorm2d(4 * width))
+        mid = c_out // 4
+        self.conv1, self.bn1 = conv_bn(c_in, mid, 1)
+        self.conv2, self.bn2 = conv_bn(mid, mid, 3, stride)
+        self.conv3, self.bn3 = conv_bn(mid, c_out, 1)
+        self.shortcut = projection(c_in, c_out, stride)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
@@ -1301,15 +1320,12 @@ class Bottleneck(nn.Module):
 
 def resnet50(classes: int) -> nn.Module:
     """The ImageNet ResNet-50 with a 3x3 stem of stride 1 and no max pool."""
-    plan = (64, 64, 3, 1), (256, 128, 4, 2), (512, 256, 6, 2), (1024, 512, 3, 2)
-    layers = [[Bottleneck(a, b, s), *(Bottleneck(4 * b, b, 1) for _ in range(n - 1))] for a, b, n, s in plan]
-    net = init_kaiming(Staged(conv(3, 64), layers, 2048, classes, "linear"))
-    net.stage_norms = ["layer1.2.bn3", "layer2.3.bn3", "layer3.5.bn3", "layer4.2.bn3"]
-    return net
+    plan = (64, 256, 1, 3), (256, 512, 2, 4), (512, 1024, 2, 6), (1024, 2048, 2, 3)
+    return init_convs(Staged(classes, Bottleneck, plan, "linear", norm="bn3"))
 
 
 class WideBlock(nn.Module):
-    """Pre-activation block; its second output is its batch-normalised *input*, the preact of the stage before it."""
+    """Pre-activation block; its second output is its batch-normalized *input*, the preact of what comes before it."""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -1331,22 +1347,23 @@ class WideResNet(nn.Module):
         super().__init__()
         widths, n = (16, 16 * k, 32 * k, 64 * k), (depth - 4) // 6
         self.conv1 = conv(3, 16)
-        for i, stride in (1, 1), (2, 2), (3, 2):
-            blocks = [WideBlock(widths[i - 1] if j == 0 else widths[i], widths[i], stride if j == 0 else 1) for j in range(n)]
-            self.add_module(f"block{i}", nn.ModuleDict({"layer": nn.Sequential(*blocks)}))
+        for k, stride in (1, 1), (2, 2), (3, 2):
+            self.add_module(f"block{k}", nn.ModuleDict(dict(layer=stage(WideBlock, widths[k - 1], widths[k], stride, n))))
         self.bn1, self.fc = nn.BatchNorm2d(widths[3]), nn.Linear(widths[3], classes)
         self.stage_norms = ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"]
-        init_normal(self)
+        init_convs(self)
+        nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
-        maps, normalised_inputs = [self.conv1(x)], []
-        for stage in self.block1, self.block2, self.block3:
-            x, preact = stage["layer"][0](maps[-1])
-            for block in stage["layer"][1:]:
+        maps, normalized = [self.conv1(x)], []
+        for blocks in self.block1, self.block2, self.block3:
+            first, *others = blocks["layer"]
+            x, preact = first(maps[-1])
+            for block in others:
                 x, _ = block(x)
             maps.append(x)
-            normalised_inputs.append(preact)
-        preacts = [maps[0], *normalised_inputs[1:], self.bn1(x)]
+            normalized.append(preact)
+        preacts = [maps[0], *normalized[1:], self.bn1(x)]
         last = F.relu(preacts[-1])
         pooled = last.mean((2, 3))
         return self.fc(pooled), Features(maps, preacts, last, pooled)
@@ -1366,7 +1383,9 @@ class VGG(nn.Module):
             self.add_module(f"block{k}", nn.Sequential(*layers[:-1]))  # the last ReLU is applied in forward
         self.classifier = nn.Linear(512, classes)
         self.stage_norms = [f"block{k}.{3 * n - 2}" for k, n in enumerate(convs) if k]
-        init_normal(self, linear_std=0.01)
+        init_convs(self)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         maps, preacts, pools = [], [], 3 if x.shape[2] < 64 else 4
@@ -1383,11 +1402,8 @@ class InvertedResidual(nn.Module):
         super().__init__()
         wide = c_in * expansion
         self.residual = stride == 1 and c_in == c_out
-        self.conv = nn.Sequential(
-            *(conv(c_in, wide, 1), nn.BatchNorm2d(wide), nn.ReLU()),
-            *(conv(wide, wide, 3, stride, groups=wide), nn.BatchNorm2d(wide), nn.ReLU()),
-            *(conv(wide, c_out, 1), nn.BatchNorm2d(c_out)),
-        )
+        middle = conv_bn(wide, wide, 3, stride, groups=wide)
+        self.conv = nn.Sequential(*conv_bn(c_in, wide, 1), nn.ReLU(), *middle, nn.ReLU(), *conv_bn(wide, c_out, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv(x) if self.residual else self.conv(x)
@@ -1398,18 +1414,16 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, classes: int):
         super().__init__()
-        self.conv1 = nn.Sequential(conv(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU())
-        self.blocks = nn.ModuleList()
-        c_in = 16
-        plan = (1, 8, 1, 1), (6, 12, 2, 1), (6, 16, 3, 2), (6, 32, 4, 2), (6, 48, 3, 1), (6, 80, 3, 2), (6, 160, 1, 1)
-        for t, c, n, stride in plan:
-            blocks = [InvertedResidual(c if i else c_in, c, 1 if i else stride, t) for i in range(n)]
-            self.blocks.append(nn.Sequential(*blocks))
-            c_in = c
-        self.conv2 = nn.Sequential(conv(c_in, 1280, 1), nn.BatchNorm2d(1280), nn.ReLU())
+        narrow, wide = (partial(InvertedResidual, expansion=n) for n in (1, 6))
+        plan = (8, 12, 1, 2), (12, 16, 2, 3), (16, 32, 2, 4), (32, 48, 1, 3), (48, 80, 2, 3), (80, 160, 1, 1)
+        self.conv1 = nn.Sequential(*conv_bn(3, 16, 3, 2), nn.ReLU())
+        self.blocks = nn.ModuleList([stage(narrow, 16, 8, 1, 1), *(stage(wide, *row) for row in plan)])
+        self.conv2 = nn.Sequential(*conv_bn(160, 1280, 1), nn.ReLU())
         self.classifier = nn.Sequential(nn.Linear(1280, classes))
         self.stage_norms = ["blocks.1.1.conv.7", "blocks.2.2.conv.7", "blocks.4.2.conv.7", "blocks.6.0.conv.7"]
-        init_normal(self, linear_std=0.01)
+        init_convs(self)
+        nn.init.normal_(self.classifier[0].weight, std=0.01)
+        nn.init.zeros_(self.classifier[0].bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Features]:
         x = self.conv1(x)
@@ -1424,13 +1438,17 @@ class MobileNetV2(nn.Module):
 
 
 class ShuffleUnitV1(nn.Module):
+    """With stride 2 the pooled input is concatenated to fewer channels of the unit's own."""
+
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
-        self.stride, mid = stride, c_out // 4
+        self.stride = stride
         self.groups = 1 if c_in == 24 else 3  # 24 stem channels are too few to group
-        self.conv1, self.bn1 = conv(c_in, mid, 1, groups=self.groups), nn.BatchNorm2d(mid)
-        self.conv2, self.bn2 = conv(mid, mid, 3, stride, groups=mid), nn.BatchNorm2d(mid)
-        self.conv3, self.bn3 = conv(mid, c_out, 1, groups=3), nn.BatchNorm2d(c_out)
+        own = c_out - c_in if stride == 2 else c_out
+        mid = own // 4
+        self.conv1, self.bn1 = conv_bn(c_in, mid, 1, groups=self.groups)
+        self.conv2, self.bn2 = conv_bn(mid, mid, 3, stride, groups=mid)
+        self.conv3, self.bn3 = conv_bn(mid, own, 1, groups=3)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         out = F.channel_shuffle(F.relu(self.bn1(self.conv1(x))), self.groups)
@@ -1440,19 +1458,18 @@ class ShuffleUnitV1(nn.Module):
 
 
 def shufflenetv1(classes: int) -> nn.Module:
-    """ShuffleNet (3 groups); a stage's first unit concatenates its pooled input to fewer channels of its own."""
-    plan = (24, 240, 4), (240, 480, 8), (480, 960, 4)
-    layers = [[ShuffleUnitV1(a, b - a, 2), *(ShuffleUnitV1(b, b, 1) for _ in range(n - 1))] for a, b, n in plan]
-    return Staged(conv(3, 24, 1), layers, 960, classes, "linear")
+    """ShuffleNet with 3 groups."""
+    plan = (24, 240, 2, 4), (240, 480, 2, 8), (480, 960, 2, 4)
+    return Staged(classes, ShuffleUnitV1, plan, "linear", kernel=1)
 
 
 class ShuffleUnitV2(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         c = width // 2
-        self.conv1, self.bn1 = conv(c, c, 1), nn.BatchNorm2d(c)
-        self.conv2, self.bn2 = conv(c, c, 3, groups=c), nn.BatchNorm2d(c)
-        self.conv3, self.bn3 = conv(c, c, 1), nn.BatchNorm2d(c)
+        self.conv1, self.bn1 = conv_bn(c, c, 1)
+        self.conv2, self.bn2 = conv_bn(c, c, 3, groups=c)
+        self.conv3, self.bn3 = conv_bn(c, c, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept, out = x.chunk(2, 1)
@@ -1464,11 +1481,11 @@ class ShuffleDownV2(nn.Module):
     def __init__(self, c_in: int, width: int):
         super().__init__()
         c = width // 2
-        self.conv1, self.bn1 = conv(c_in, c_in, 3, 2, groups=c_in), nn.BatchNorm2d(c_in)
-        self.conv2, self.bn2 = conv(c_in, c, 1), nn.BatchNorm2d(c)
-        self.conv3, self.bn3 = conv(c_in, c, 1), nn.BatchNorm2d(c)
-        self.conv4, self.bn4 = conv(c, c, 3, 2, groups=c), nn.BatchNorm2d(c)
-        self.conv5, self.bn5 = conv(c, c, 1), nn.BatchNorm2d(c)
+        self.conv1, self.bn1 = conv_bn(c_in, c_in, 3, 2, groups=c_in)
+        self.conv2, self.bn2 = conv_bn(c_in, c, 1)
+        self.conv3, self.bn3 = conv_bn(c_in, c, 1)
+        self.conv4, self.bn4 = conv_bn(c, c, 3, 2, groups=c)
+        self.conv5, self.bn5 = conv_bn(c, c, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         left = self.bn2(self.conv2(self.bn1(self.conv1(x))))
@@ -1479,28 +1496,12 @@ class ShuffleDownV2(nn.Module):
 
 def shufflenetv2(classes: int) -> nn.Module:
     """ShuffleNetV2 of size 1. Preacts are not channel-shuffled although the maps are, as in RepDistiller."""
-    plan = (24, 116, 3), (116, 232, 7), (232, 464, 3)
-    layers = [[ShuffleDownV2(a, b), *(ShuffleUnitV2(b) for _ in range(n))] for a, b, n in plan]
-    return Staged(conv(3, 24, 1), layers, 464, classes, "linear", top=1024)
+    plan = (24, 116, 2, 4), (116, 232, 2, 8), (232, 464, 2, 4)
 
+    def block(c_in: int, c_out: int, stride: int) -> nn.Module:
+        return ShuffleDownV2(c_in, c_out) if stride == 2 else ShuffleUnitV2(c_out)
 
-def init_kaiming(net: nn.Module) -> nn.Module:
-    """Kaiming-normal convolutions by fan-out, as in the published ResNets; the linear layer keeps PyTorch's default."""
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return net
-
-
-def init_normal(net: nn.Module, linear_std: float | None = None) -> None:
-    """Convolutions N(0, sqrt(2 / (k * k * c_out))), also depthwise ones; biases 0; linear weights N(0, linear_std) if given."""
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, 0, math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels)))
-        elif isinstance(module, nn.Linear) and linear_std is not None:
-            nn.init.normal_(module.weight, 0, linear_std)
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    return Staged(classes, block, plan, "linear", kernel=1, top=1024)
 
 
 # name -> function of the number of classes; add a line for a network of your own that returns (logits, Features)

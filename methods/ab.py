@@ -4,7 +4,7 @@ arXiv 1811.03233.
 Which neurons fire for an image matters more than how strongly. In phase 1 each neuron of the student is pushed to the same side
 of zero as the teacher's, by at least a margin. In phase 2 the student learns the labels.
 
-    u, v = connector(f_s), f_t                            f: the map of a stage before its last ReLU
+    u, v = connector(f_s), f_t                            f: a stage's map before its last ReLU
     cost = max(0, margin + u)^2 where v <= 0,   max(0, margin - u)^2 where v > 0
     L_ab = sum over stages k = 1 ... n of 2^(k - n) / B sum cost      inner sum: over images, channels and positions
     KD   = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
@@ -14,8 +14,8 @@ Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/AB.py, helper/pretrain
 Published: resnet56/resnet20 69.47 (last epoch).
 Differences
 - from the paper: none in the cost; ab_weight and the factors 2^(k - n) come from the code.
-- from the authors' code, bhheo/AB_distillation@a7701d3: there phase 2 is KD alone (T = 3, without T^2).
-- from the same: there the teacher is in train mode in phase 1, and every stage has a connector with a 1x1 convolution.
+- from the authors' code, bhheo/AB_distillation@a7701d3: its phase 2 is KD alone (T = 3, without T^2).
+- from the authors' code: its teacher is in train mode in phase 1, and every stage has a connector with a 1x1 convolution.
 - from RepDistiller: none in the loss. Its flag -b has no effect on AB.
 """
 
@@ -109,7 +109,7 @@ class AB(nn.Module):
 
 
 def modules_behind_maps(net: nn.Module, size: int) -> nn.ModuleList:
-    """The modules of `net` whose parameters affect no stage's map: the classifier and what lies directly before it."""
+    """The modules of `net` whose parameters affect no stage's map: the classifier and whatever comes just before it."""
     weight = next(net.parameters())
     _, features = net.eval()(weight.new_zeros(1, 3, size, size))
     gradients = torch.autograd.grad(features.maps[-1].sum(), list(net.parameters()), allow_unused=True)
@@ -118,7 +118,7 @@ def modules_behind_maps(net: nn.Module, size: int) -> nn.ModuleList:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 
@@ -131,8 +131,8 @@ def main(args: Args) -> float:
     ab = AB(shapes_s, shapes_t, args.margin)
     lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
 
-    # Phase 1. What lies behind the last map is frozen and in eval mode, as in RepDistiller. In a wrn this includes the batch norm
-    # that yields the last stage's preact; with its initial statistics it passes the map on unchanged.
+    # Phase 1. Modules after the last map are frozen and in eval mode, as in RepDistiller. In a wrn they include the batch norm
+    # that yields the last stage's preact; with its initial statistics it leaves the map unchanged.
     behind = modules_behind_maps(student, train.size).requires_grad_(False)
     init = nn.ModuleDict(dict(student=student, ab=ab)).to(args.device)
     init_optimizer = SGD(init.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
@@ -174,7 +174,7 @@ def main(args: Args) -> float:
 
         loss_ce = F.cross_entropy(z_s, y)
         loss_kd = torch.zeros_like(loss_ce)
-        if args.kd_weight:  # else phase 2 does not need the teacher, and KD is logged as 0
+        if args.kd_weight:  # otherwise phase 2 does not need the teacher, and KD is logged as 0
             with torch.no_grad():
                 z_t, _ = teacher(x)
             loss_kd = kd_loss(z_s, z_t, args.kd_temperature)

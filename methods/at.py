@@ -9,11 +9,11 @@ attend where the teacher does, at every stage. The numbers of channels may diffe
     KD   = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L    = ce_weight CE + kd_weight KD + at_weight L_at
 
-Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/AT.py), the source of the published tables; the loss is also that of
-the authors' code, szagoruyko/attention-transfer@893df54. Published: resnet56/resnet20 70.55 (last epoch). mobilenetv2 students
-fall below one trained alone (64.60): 59.40 with vgg13 and 58.58 with resnet50 as the teacher.
+Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/AT.py), the source of the published tables; the authors' code,
+szagoruyko/attention-transfer@893df54, has the same loss. Published: resnet56/resnet20 70.55 (last epoch). mobilenetv2 students
+do worse than one trained alone (64.60): 59.40 with vgg13 and 58.58 with resnet50 as the teacher.
 Differences
-- from the paper: it writes (beta / 2) |Q(f_s) - Q(f_t)|; the authors' code and most code since take the mean square.
+- from the paper: it writes (beta / 2) |Q(f_s) - Q(f_t)|; the authors' code and most later code use the mean square.
 - from the code: none in the loss.
 """
 
@@ -60,7 +60,7 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 
 
 def same_side(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, ...]:
-    """Two maps (B, C, H, W) at the lower resolution of the two: the larger is average-pooled."""
+    """Both maps (B, C, H, W) at the lower of their two resolutions; the larger is average-pooled."""
     side = min(f_s.shape[2], f_t.shape[2])
     return tuple(f if f.shape[2] == side else F.adaptive_avg_pool2d(f, side) for f in (f_s, f_t))
 
@@ -80,7 +80,7 @@ def at_loss(maps_s: list[Tensor], maps_t: list[Tensor]) -> Tensor:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

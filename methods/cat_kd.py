@@ -1,19 +1,19 @@
 """CAT-KD: Class Attention Transfer Based Knowledge Distillation. Guo, Yan, Li and Lin, 2023, arXiv 2304.12777.
 
-A class activation map shows where in the image a network sees a class: it is what the classifier makes of a map before that is
-pooled. The student's class activation maps, at a low resolution, must equal the teacher's.
+A class activation map shows where in the image a network sees a class: it is the output of the classifier at each position of the
+last map, before pooling. The student's class activation maps must match the teacher's at a low resolution.
 
     M     = W f                         at every position;   f: the map that is pooled, W: the classifier without its bias
     A(M)  = M average-pooled to resolution x resolution; with normalize, each class's map is then divided by its norm
     L_cat = mean (A(M_s) - A(M_t))^2    over batch, classes and positions
-    L     = ce_weight CE + cat_weight L_cat        the student's logits: mean over positions of M_s
+    L     = ce_weight CE + cat_weight L_cat        the student's logits are the mean of M_s over positions
 
-Taken from GzyAftermath/CAT-KD@4467073 (no license: read, not copied). Despite the name there is no KD term.
+Taken from GzyAftermath/CAT-KD@4467073 (no license, so read but not copied). Despite the name, there is no KD term.
 Published: resnet32x4/resnet8x4 76.91 (leaderboard of Seonghak35/Seonghak35.github.io@838a6ef).
 Differences
 - from the paper: checked against the abstract only.
-- from the code: the student's bias is fixed at 0; there a convolution without bias replaces the classifier, the same network.
-- from the code: W_s starts as in every other method; there as N(0, 2 / classes), except in vgg and the shufflenets.
+- from the code: the student's bias is fixed at 0; the code replaces the classifier with an equivalent convolution without bias.
+- from the code: W_s is initialized as in every other method; the code uses N(0, 2 / classes), except for vgg and the shufflenets.
 """
 
 import sys
@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import DistillArgs, PositiveInt, Run, accuracy, build, classifier, cuda_graph, load_data, load_teacher
 
-SETTINGS = {  # (teacher, student): (cat_weight, resolution, normalize), from the code's YAML files, tuned by its authors per pair
+SETTINGS = {  # (teacher, student): (cat_weight, resolution, normalize), from the code's YAML files, tuned per pair by its authors
     ("resnet56", "resnet20"): (0.7, 2, False),
     ("resnet110", "resnet20"): (1.8, 2, False),  # ours, as for resnet32
     ("resnet110", "resnet32"): (1.8, 2, False),
@@ -45,7 +45,7 @@ SETTINGS = {  # (teacher, student): (cat_weight, resolution, normalize), from th
     ("resnet32x4", "shufflenetv2"): (600.0, 4, True),
     ("wrn_40_2", "shufflenetv1"): (80.0, 4, True),
 }
-OTHERS = (15.0, 2, True)  # ours; with normalize the weight does not depend on the scale of the logits
+OTHERS = (15.0, 2, True)  # ours; with normalize, the weight does not depend on the scale of the logits
 
 
 @dataclass
@@ -61,15 +61,15 @@ class Args(DistillArgs):
     ce_weight: float = 1.0
     """weight of the cross-entropy with the labels"""
     cat_weight: float | None = None
-    """weight of the CAT term; by default the pair's in SETTINGS, or 15"""
+    """weight of the CAT term; by default the pair's value in SETTINGS, or 15 if it has none"""
     resolution: PositiveInt | None = None
-    """side of the maps compared; by default the pair's in SETTINGS, or 2"""
+    """height and width at which maps are compared; by default the pair's value in SETTINGS, or 2 if it has none"""
     normalize: bool | None = None
-    """whether maps are divided by their norm; by default the pair's in SETTINGS, or True"""
+    """whether to divide each map by its norm; by default the pair's value in SETTINGS, or True if it has none"""
 
 
 def class_activation_maps(f: Tensor, weight: Tensor) -> Tensor:
-    """M (B, classes, H, W) of maps (B, C, H, W) and the weight (classes, C) of the classifier."""
+    """M (B, classes, H, W) from maps (B, C, H, W) and the classifier's weight (classes, C)."""
     return F.conv2d(f, weight[:, :, None, None])
 
 
@@ -82,7 +82,7 @@ def cat_loss(m_s: Tensor, m_t: Tensor, resolution: int, normalize: bool) -> Tens
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
     classifier_t = classifier(teacher)
@@ -90,7 +90,7 @@ def main(args: Args) -> float:
     torch.manual_seed(args.seed)  # the same initial student for every method
     student = build(args.student, train.classes, args.device)
     classifier_s = classifier(student)
-    nn.init.zeros_(classifier_s.bias).requires_grad_(False)  # the teacher's bias is dropped, too, as released
+    nn.init.zeros_(classifier_s.bias).requires_grad_(False)  # as released, the teacher's bias is dropped, too
     trained = nn.ModuleDict(dict(student=student)).to(args.device)  # optimized and checkpointed
     lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
     optimizer = SGD(trained.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)

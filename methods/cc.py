@@ -1,6 +1,6 @@
 """CC: Correlation Congruence for Knowledge Distillation. Peng, Jin, Liu, Zhou, Wu, Liu, Li and Zhang, 2019, arXiv 1904.01802.
 
-The student should reproduce not only the teacher's features of each image but also the relations between images. In the variant
+The student should reproduce not only the teacher's features for each image but also the relations between images. In the variant
 behind the published CIFAR-100 numbers, two neighbors in the shuffled batch must not err in the same components.
 
     d_i  = |W_s f_s_i + b_s - (W_t f_t_i + b_t)|         f: pooled features, the classifier's input; d: 128 components
@@ -11,7 +11,7 @@ behind the published CIFAR-100 numbers, two neighbors in the shuffled batch must
 Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/CC.py), the source of the published tables, which says that the code
 came from the authors. Published: resnet56/resnet20 69.63 (last epoch).
 Differences
-- from the paper: a different loss. The paper compares the B x B matrices of Gaussian kernels of the two networks.
+- from the paper: a different loss. The paper compares the two networks' B x B matrices of Gaussian kernels.
 - from the code: none in the loss.
 """
 
@@ -66,7 +66,7 @@ class CC(nn.Module):
         self.embed_t = nn.Linear(dim_t, dim)  # W_t, b_t: trained, although the teacher is not
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
-        # A student equal to the teacher still has a loss, as the two embeddings start from different weights
+        # Even a student equal to the teacher has a nonzero loss, because the two embeddings start from different weights
         d = (self.embed_s(f_s) - self.embed_t(f_t)).abs()
         return (d[:-1] * d[1:]).sum(1).mean()  # L_cc
 
@@ -76,7 +76,7 @@ class CC(nn.Module):
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

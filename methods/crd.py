@@ -1,14 +1,14 @@
 """CRD: Contrastive Representation Distillation. Tian, Krishnan and Isola, 2020, arXiv 1910.10699.
 
-The student vector of an image must pick out the teacher vector of the same image among those of thousands of images of other
-classes, and vice versa. Two memory banks, one per network, hold a vector of every training image.
+The student's vector of an image must pick out the teacher's vector of the same image from those of thousands of images of other
+classes, and vice versa. Two memory banks, one per network, hold a vector for every training image.
 
     e_s, e_t = normalize(W_s f_s), normalize(W_t f_t)            f: pooled features, the classifier's input
     u_ij     = exp(<e_s_i, m_t_j> / crd_temperature) / Z_s       m_s, m_t: the banks
     Z_s      = N mean_ij exp(<e_s_i, m_t_j> / crd_temperature)   over the first batch, constant from then on
-    h(u)     = u / (u + K / N)                                   K = negatives, N training images
-    L_s      = -mean_i (log h(u_ii) + sum_j log(1 - h(u_ij)))    j: K images of other classes; L_t: s and t swapped
-    m_s_i   <- normalize((m_s_i + e_s_i) / 2)                    after the losses; likewise m_t_i
+    h(u)     = u / (u + K / N)                                   K = negatives; N: number of training images
+    L_s      = -mean_i (log h(u_ii) + sum_j log(1 - h(u_ij)))    j: K images of other classes; L_t: with s and t swapped
+    m_s_i   <- normalize((m_s_i + e_s_i) / 2)                    after the losses; m_t_i in the same way
     KD       = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L        = ce_weight CE + kd_weight KD + crd_weight (L_s + L_t)
 
@@ -16,8 +16,8 @@ Taken from the authors' code, HobbitLong/RepDistiller@b84f547 (crd/, mode exact)
 Published: resnet56/resnet20 71.16 (last epoch), with KD 71.63 (quoted from the paper).
 Differences
 - from the paper: Z, and the 1e-7 in the denominators of h and 1 - h, appear only in the code.
-- from the code: negatives are drawn on the device with replacement. There numpy draws without, at 45 core-seconds per epoch.
-- from the code: one matrix product scores all images. There the vectors of the negatives are copied, 0.5 GiB per bank.
+- from the code: negatives are drawn on the device with replacement, not in numpy without it (45 core-seconds per epoch).
+- from the code: one matrix product scores all images; the code copies the negatives' vectors, 0.5 GiB per bank.
 - from the code: banks and Z are in the checkpoint, so that a run can resume.
 """
 
@@ -82,10 +82,10 @@ class CRD(nn.Module):
         self.temperature, self.momentum = temperature, momentum
 
     def forward(self, f_s: Tensor, f_t: Tensor, index: Tensor, negatives: Tensor) -> Tensor:
-        """`index` (B,) and `negatives` (B, K): rows of the banks for the images and for their negatives."""
+        """`index` (B,) and `negatives` (B, K): bank rows of the images and of their negatives."""
         e_s = F.normalize(self.project_s(f_s), dim=1)
         e_t = F.normalize(self.project_t(f_t), dim=1)
-        rows = torch.cat([index[:, None], negatives], dim=1)  # the positive first: the bank's vector, one epoch old
+        rows = torch.cat([index[:, None], negatives], dim=1)  # the positive comes first: the bank's vector, one epoch old
         loss_s = self.contrast(e_s, self.bank_t, self.Z_s, rows)  # L_s
         loss_t = self.contrast(e_t, self.bank_s, self.Z_t, rows)  # L_t
         self.update(self.bank_s, e_s, index)
@@ -104,7 +104,7 @@ class CRD(nn.Module):
 
     @torch.no_grad()
     def update(self, bank: Tensor, e: Tensor, index: Tensor) -> None:
-        """Moving average of a network's bank with its vectors e (B, dim)."""
+        """Update a network's bank by a moving average with its vectors e (B, dim)."""
         bank[index] = F.normalize(self.momentum * bank[index] + (1 - self.momentum) * e, dim=1)
 
 
@@ -118,7 +118,7 @@ class NegativeSampler:
         self.generator = generator
 
     def draw(self, y: Tensor, k: int) -> Tensor:
-        """Positions (B, k) in the training set of negatives for images with labels y (B,)."""
+        """Training-set positions (B, k) of negatives for images with labels y (B,)."""
         size, first = self.size[y][:, None], self.first[y][:, None]
         seed = int(torch.randint(2**62, (), generator=self.generator))
         generator = torch.Generator(y.device).manual_seed(seed)
@@ -128,7 +128,7 @@ class NegativeSampler:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

@@ -1,19 +1,19 @@
 """CRLD: Cross-View Consistency Regularisation for Knowledge Distillation. Zhang, Liu, Cai and Ma, 2024, arXiv 2412.16493.
 
 Both networks see a weak view of an image (crop and flip) and a strong one (another crop and flip, then RandAugment). The student
-matches the teacher within and across the views, on images of which the teacher is confident.
+matches the teacher within and across the views, on images about which the teacher is confident.
 
-    K(a, b)  = T^2 KL(softmax(z_t(x_a) / T) || softmax(z_s(x_b) / T)) of each image,   T = kd_temperature
+    K(a, b)  = T^2 KL(softmax(z_t(x_a) / T) || softmax(z_s(x_b) / T)) per image,   T = kd_temperature
     m_w, m_s = [max_c softmax(z_t(x_w)) >= weak_threshold], [max_c softmax(z_t(x_s)) >= strong_threshold]
-    L_within = mean m_w (K(w, w) + K(s, s))                    mean over all images, those with m = 0 too
+    L_within = mean m_w (K(w, w) + K(s, s))                    mean over all images, including those with m = 0
     L_cross  = mean m_s (K(w, s) + K(s, w))
     L        = ce_weight (CE(x_w) + CE(x_s)) + within_weight L_within + cross_weight L_cross
 
-Taken from the authors' code, arcaninez/CRLD@fe42473. The recipe is that of KD but for the second view, drawn per image from
+Taken from the authors' code, arcaninez/CRLD@fe42473. The recipe is KD's except for the second view, drawn per image from
 train.generator. Published: resnet32x4/resnet8x4 78.32 (a sweep in its notebook). A control for dual_aug.py; compare with mlld.py.
 Differences
-- from the paper: its figure gates teacher's views, K(w, w) and K(w, s) by m_w; the code, followed here, gates kinds of terms.
-- from the code: RandAugment of tensors instead of PIL images, the same within one gray level; the last epoch counts; seeds.
+- from the paper: in its figure m_w gates the teacher's weak view, K(w, w) and K(w, s); in the code, used here, L_within.
+- from the code: RandAugment of tensors, not PIL images (equal to within one gray level); last epoch reported; runs seeded.
 """
 
 import math
@@ -44,19 +44,19 @@ class Args(DistillArgs):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     ce_weight: float = 1.0
-    """weight of the cross-entropy with the labels, of each view"""
+    """weight of the cross-entropy with the labels, for each view"""
     kd_temperature: Positive = 4.0
-    """softmax temperature of K; the confidences are taken at 1"""
+    """softmax temperature of K; the confidences use 1"""
     within_weight: float = 2.0
     """weight of the two terms within a view"""
     cross_weight: float = 0.5
     """weight of the two terms across views"""
     weak_threshold: NonNegative = 0.9
-    """confidence on the weak view from which an image counts in L_within; above 1, none does"""
+    """minimum confidence on the weak view for an image to count in L_within; above 1, none does"""
     strong_threshold: NonNegative = 0.2
-    """confidence on the strong view from which an image counts in L_cross; above 1, none does"""
+    """minimum confidence on the strong view for an image to count in L_cross; above 1, none does"""
     operations: PositiveInt = 2
-    """operations of RandAugment per image, before its cutout"""
+    """RandAugment operations per image, before its cutout"""
 
 
 def kd_per_image(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
@@ -69,7 +69,7 @@ def kd_per_image(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 def crld_losses(
     z_sw: Tensor, z_ss: Tensor, z_tw: Tensor, z_ts: Tensor, temperature: float, weak: float, strong: float
 ) -> tuple[Tensor, Tensor]:
-    """L_within and L_cross of logits (B, C) of student and teacher on the weak and the strong view, with the two thresholds."""
+    """L_within and L_cross from the logits (B, C) of both networks on both views; `weak` and `strong` are the thresholds."""
     confident_w = F.softmax(z_tw, dim=1).amax(1) >= weak  # m_w
     confident_s = F.softmax(z_ts, dim=1).amax(1) >= strong  # m_s
     within = kd_per_image(z_sw, z_tw, temperature) + kd_per_image(z_ss, z_ts, temperature)
@@ -96,7 +96,7 @@ def warp(x: Tensor, *matrix: Tensor | float) -> Tensor:
     return F.grid_sample(x.float(), grid, mode="nearest", align_corners=False).to(torch.uint8)
 
 
-RANDAUGMENT = [  # (lowest v, highest v, uint8 images x (n, 3, H, W) changed by v (n, 1, 1, 1))
+RANDAUGMENT = [  # (lowest v, highest v, operation on uint8 images x (n, 3, H, W) with v (n, 1, 1, 1))
     (0.0, 1.0, lambda x, v: x),
     (0.0, 1.0, lambda x, v: autocontrast(x)),
     (0.0, 1.0, lambda x, v: equalize(x)),
@@ -115,7 +115,7 @@ RANDAUGMENT = [  # (lowest v, highest v, uint8 images x (n, 3, H, W) changed by 
 
 
 def randaugment(pixels: Tensor, operations: int, generator: Generator) -> Tensor:
-    """uint8 images after `operations` draws, with replacement, from RANDAUGMENT and a cutout; `pixels` (B, 3, H, H) in [0, 1]."""
+    """uint8 images after `operations` draws from RANDAUGMENT (with replacement) and a cutout; `pixels` (B, 3, H, H) in [0, 1]."""
     x, device = (255 * pixels).round().to(torch.uint8), pixels.device
     for _ in range(operations):
         kind = torch.randint(len(RANDAUGMENT), (len(x),), generator=generator)
@@ -134,7 +134,7 @@ def randaugment(pixels: Tensor, operations: int, generator: Generator) -> Tensor
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

@@ -1,7 +1,7 @@
 """CTKD: Curriculum Temperature for Knowledge Distillation. Li, Li, Yang, Zhao, Song, Luo, Li and Yang, 2022, arXiv 2211.16231.
 
 The temperature of KD is learned, and adversarially: theta ascends the loss that the student descends. Its gradient is scaled up
-from nothing over the first epochs, a curriculum from easy to hard.
+from zero over the first epochs, a curriculum from easy to hard.
 
     T      = low + span sigmoid(theta)                                    one for all images; 15.6 at the start
     KD     = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T)
@@ -9,11 +9,11 @@ from nothing over the first epochs, a curriculum from easy to hard.
     lambda = (cos(pi min(epoch, ramp_epochs) / ramp_epochs) - 1) / 2      from 0 to -1; multiplies the gradient of theta
 
 Taken from the authors' code, zhengli97/CTKD@7d52522 (global temperature). Published: resnet56/resnet20 71.19.
-T falls to its lower bound within about four epochs and stays there: issue 16 of the authors, and all 17 logs (with bound 2) in
-sunshangquan/logit-standardization-KD@f6e5aa5. From then on this is KD at T = 1: watch `temperature` in the log, and compare with
+T falls to its lower bound within about four epochs and stays there (the authors' issue 16; all 17 logs, with bound 2, in
+sunshangquan/logit-standardization-KD@f6e5aa5). From then on this is KD at T = 1: watch `temperature` in the log, and compare with
 the control, methods/kd.py --kd-temperature 1.
 Differences
-- from the paper: checked against the abstract only; its instance-wise temperature is not in the released code, nor here.
+- from the paper: checked against the abstract only; its instance-wise temperature is neither in the released code nor here.
 - from the code: runs are seeded.
 """
 
@@ -54,7 +54,7 @@ class Args(DistillArgs):
     span: Positive = 20.0
     """upper minus lower bound of T"""
     ramp_epochs: PositiveInt = 10
-    """epochs in which lambda goes from 0 to -1"""
+    """epochs over which lambda goes from 0 to -1"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
@@ -65,11 +65,11 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 
 
 class Temperature(nn.Module):
-    """T, whose gradient reaches theta multiplied by lambda."""
+    """T; its gradient is multiplied by lambda before it reaches theta."""
 
     def __init__(self, theta: float, low: float, span: float):
         super().__init__()
-        self.theta = nn.Parameter(torch.tensor(theta))  # with the weight decay of all other parameters
+        self.theta = nn.Parameter(torch.tensor(theta))  # has weight decay like all other parameters
         self.low, self.span = low, span
 
     def forward(self, lambda_: Tensor | float) -> Tensor:
@@ -78,12 +78,12 @@ class Temperature(nn.Module):
 
 
 def curriculum(epoch: int, ramp_epochs: int) -> float:
-    """lambda of an epoch, counted from 1. It is negative: theta ascends."""
+    """lambda for an epoch, counted from 1. It is negative, so theta ascends."""
     return (math.cos(math.pi * min(epoch, ramp_epochs) / ramp_epochs) - 1) / 2
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 
@@ -103,7 +103,7 @@ def main(args: Args) -> float:
         z_s, _ = student(x)
 
         loss_ce = F.cross_entropy(z_s, y)
-        loss_kd = kd_loss(z_s, z_t, temperature(lambda_))  # T^2 is differentiated, too
+        loss_kd = kd_loss(z_s, z_t, temperature(lambda_))  # T^2 is differentiated too
         loss = args.ce_weight * loss_ce + args.kd_weight * loss_kd
 
         optimizer.zero_grad()

@@ -1,18 +1,18 @@
 """DIST: Knowledge Distillation from A Stronger Teacher. Huang, You, Wang, Qian and Xu, 2022, arXiv 2205.10536.
 
-A stronger teacher's probabilities are too far from the student's to be matched exactly, as KL asks. The student only has to
-correlate with them linearly: within each image over the classes, and within each class over the images of the batch.
+A stronger teacher's probabilities are too far from the student's to be matched exactly, as KL demands. The student only has to
+correlate with them linearly: across the classes of each image, and across the images of the batch for each class.
 
     q       = softmax(z / T),   T = dist_temperature        (B, C)
-    L_inter = 1 - mean over the rows of q_s and q_t of their Pearson correlation
-    L_intra = 1 - mean over the columns, likewise
+    L_inter = 1 - mean Pearson correlation of the rows of q_s and q_t
+    L_intra = 1 - mean Pearson correlation of the columns
     L       = ce_weight CE + dist_weight T^2 (beta L_inter + gamma L_intra)
 
 Taken from the authors' code, hunto/image_classification_sota@6f7a70a, strategy dist_cifar.
 Published: resnet56/resnet20 71.75 with standard deviation 0.30 (README of hunto/DIST_KD@2418f18).
 Differences
-- from the paper: checked against the abstract only; T^2 is in the code, not in the paper (issue 19 of hunto/DIST_KD).
-- from the code: the incomplete last batch of an epoch is kept, and runs are seeded (theirs with 42).
+- from the paper: checked against the abstract only; T^2 is in the code but not in the paper (issue 19 of hunto/DIST_KD).
+- from the code: the incomplete last batch of an epoch is kept, and the seed is a flag instead of 42.
 """
 
 import sys
@@ -43,9 +43,9 @@ class Args(DistillArgs):
     ce_weight: float = 1.0
     """weight of the cross-entropy with the labels"""
     dist_weight: float = 2.0
-    """weight of the DIST term; L_intra is tuned for batches of 64, as it compares an image with the rest of its batch"""
+    """weight of the DIST term, tuned for batches of 64: L_intra compares an image with the rest of its batch"""
     dist_temperature: Positive = 4.0
-    """softmax temperature of the DIST term; the authors take 1 on ImageNet"""
+    """softmax temperature of the DIST term; the authors use 1 on ImageNet"""
     beta: float = 1.0
     """weight of L_inter within the DIST term"""
     gamma: float = 1.0
@@ -65,7 +65,7 @@ def dist_losses(z_s: Tensor, z_t: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

@@ -1,7 +1,7 @@
 """DKD: Decoupled Knowledge Distillation. Zhao, Cui, Song, Qiu and Liang, 2022, arXiv 2203.08679.
 
-For one image, KD is TCKD + (1 - p_t,y) NCKD: how sure the teacher is of the label, and how it rates the other classes. The surer
-the teacher, the less KD makes of the second part, which teaches more than the first. DKD weights the two freely.
+For one image, KD is TCKD + (1 - p_t,y) NCKD: how sure the teacher is of the label, and how it rates the other classes. The more
+confident the teacher, the less weight KD gives the second part, which teaches more than the first. DKD decouples the weights.
 
     b    = (p_y, 1 - p_y),   p = softmax(z / T),   T = dkd_temperature      y: the label
     q    = softmax(z / T) over the C - 1 other classes
@@ -12,8 +12,8 @@ the teacher, the less KD makes of the second part, which teaches more than the f
 Taken from the authors' code, megvii-research/mdistiller@a08d46f. Published: resnet56/resnet20 71.97, best epoch on the test set.
 Differences
 - from the paper: checked against the abstract only.
-- from the code: q is computed without the label's class, where theirs subtracts 1000 from its logit; the same to rounding.
-- from the code: the last epoch counts, and runs are seeded.
+- from the code: q is computed without the label's class; the code subtracts 1000 from its logit, the same up to rounding.
+- from the code: the last epoch is reported, and runs are seeded.
 """
 
 import sys
@@ -30,7 +30,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import DistillArgs, NonNegative, Positive, PositiveInt, Run, accuracy, build, cuda_graph, load_data, load_teacher
 
-DKD_BETA = {  # (teacher, student): dkd_beta, from mdistiller's configs/cifar100/dkd; its default 8 is for all others
+DKD_BETA = {  # (teacher, student): dkd_beta, from mdistiller's configs/cifar100/dkd; all other pairs get its default, 8
     ("wrn_40_2", "wrn_16_2"): 6.0,
     ("wrn_40_2", "wrn_40_1"): 6.0,
     ("resnet56", "resnet20"): 2.0,
@@ -56,11 +56,11 @@ class Args(DistillArgs):
     dkd_alpha: float = 1.0
     """weight of TCKD, the label's class against all others"""
     dkd_beta: NonNegative | None = None
-    """weight of NCKD, among the other classes; by default the pair's in DKD_BETA, or 8"""
+    """weight of NCKD, among the other classes; by default the pair's value in DKD_BETA, or 8"""
     dkd_temperature: Positive = 4.0
-    """softmax temperature of both"""
+    """softmax temperature of TCKD and NCKD"""
     warmup_epochs: PositiveInt = 20
-    """epochs in which the weight of both rises to its full value; 1 for none"""
+    """epochs over which the weights of TCKD and NCKD ramp up to their full values; 1 for no warm-up"""
 
 
 def decouple(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def dkd_losses(z_s: Tensor, z_t: Tensor, y: Tensor, temperature: float) -> tuple
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

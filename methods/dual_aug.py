@@ -2,10 +2,10 @@
 
 Status: a reconstruction from the abstract, not the authors' settings; arXiv versions 2 and 3 withdraw it as "Not completed work".
 
-Student and teacher see different views of an image, and ICD (methods/icd.py) must hold across them. This puts back the two
+Student and teacher see different views of an image, and ICD (methods/icd.py) must hold across them. This restores the two
 augmentations of ReLIC (arXiv 2010.07922). The student gets the harder view, the teacher the kind of view it was trained on.
 
-    x_s, x_t = A_s(x), A_t(x)                                         two crops and flips; by default x_s is also changed in color
+    x_s, x_t = A_s(x), A_t(x)                                         two crops and flips; by default x_s also gets color changes
     e_s, e_t = normalize(W_s f_s(x_s)), normalize(W_t f_t(x_t))       f: pooled features, the classifier's input
     S_ij     = s <e_s_i, e_t_j> + b,   s = clamp(exp(tau), 0, 10)     W_s, W_t, tau and b are learned
     P, Q     = softmax over the rows of S, of S transposed
@@ -13,9 +13,9 @@ augmentations of ReLIC (arXiv 2010.07922). The student gets the harder view, the
     KD       = T^2 mean_i KL(p_t(x_t) || p_s(x_s)),   p = softmax(z / T),   T = kd_temperature
     L        = ce_weight CE(x_s) + kd_weight KD + icd_weight (L_con + alpha L_inv)
 
-A published relative with code is CRLD (methods/crld.py, arXiv 2412.16493), which matches logits across a weak and a strong view.
+CRLD (methods/crld.py, arXiv 2412.16493), a related method with published code, matches logits across a weak and a strong view.
 Differences
-- from the paper: unknown; beyond the abstract's "different augmentations applied to both models during distillation" all is ours.
+- from the paper: unknown; all but the abstract's "different augmentations applied to both models during distillation" is ours.
 - from the authors' code: no version of it has a second view (giakoumoglou/distillers@a2ee80b).
 """
 
@@ -57,11 +57,11 @@ class Args(DistillArgs):
     alpha: float = 0.5
     """weight of the invariance within the ICD term"""
     init_tau: float = 1.0
-    """initial log of the scale s; 0 starts at s = 1 as in ReLIC, probably what was meant"""
+    """initial log of the scale s; 0 gives s = 1 as in ReLIC, which was probably intended"""
     student_aug: Literal["weak", "color", "cutout"] = "color"
-    """A_s after crop and flip: weak (nothing more), color (jitter and gray) or cutout (a square of the mean color)"""
+    """A_s after crop and flip: weak (nothing else), color (jitter and gray) or cutout (a square of the mean color)"""
     teacher_aug: Literal["weak", "color", "cutout"] = "weak"
-    """A_t, likewise"""
+    """A_t after crop and flip, same choices"""
     same_view: bool = False
     """show the teacher the student's view (--teacher-aug has no effect); with --student-aug weak this is plain ICD"""
 
@@ -94,15 +94,15 @@ class ICD(nn.Module):
         similarity = self.scale() * (e_s @ e_t.T) + self.bias  # S
         log_p = F.log_softmax(similarity, dim=1)
         log_q = F.log_softmax(similarity.T, dim=1)
-        contrast = -log_p.diagonal().mean()  # L_con, in one direction only: images of the same class are negatives too
-        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # L_inv, gradients through P and Q
+        contrast = -log_p.diagonal().mean()  # L_con, in one direction only; images of the same class count as negatives
+        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # L_inv, with gradients through P and Q
         return contrast + self.alpha * invariance
 
 
 def shift_hue(pixels: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hues of pixels (B, 3, H, W) in [0, 1] by `turns` (B, 1, 1, 1) full turns, as torchvision's adjust_hue.
+    """Rotate the hues of pixels (B, 3, H, W) in [0, 1] by `turns` (B, 1, 1, 1) full turns, like torchvision's adjust_hue.
 
-    Hues lie on a circle of length 6: red at 0, green at 2, blue at 4. A pixel's hue is within 1 of its largest channel, towards
+    Hues lie on a circle of length 6: red at 0, green at 2, blue at 4. A pixel's hue is within 1 of its largest channel, toward
     its second largest. Conversely, a channel has the largest value within 1 of the hue and the smallest beyond 2.
     """
     largest, top = pixels.max(1, keepdim=True)
@@ -115,8 +115,8 @@ def shift_hue(pixels: Tensor, turns: Tensor) -> Tensor:
 
 
 def color(pixels: Tensor, generator: Generator) -> Tensor:
-    """Jitter 4 of 5 images of pixels (B, 3, H, W) in [0, 1], then make 1 of 5 gray: usual values of contrastive learning."""
-    uniform = torch.rand(6, len(pixels), 1, 1, 1, generator=generator).to(pixels.device)  # per image; ColorJitter's is per call
+    """Jitter 4 in 5 images of pixels (B, 3, H, W) in [0, 1], then make 1 in 5 gray: usual values in contrastive learning."""
+    uniform = torch.rand(6, len(pixels), 1, 1, 1, generator=generator).to(pixels.device)  # per image; ColorJitter draws per call
     brightness, contrast, saturation = 0.6 + 0.8 * uniform[:3]
     operations = [
         lambda x: brightness * x,
@@ -132,7 +132,7 @@ def color(pixels: Tensor, generator: Generator) -> Tensor:
 
 
 def cutout(x: Tensor, side: int, generator: Generator) -> Tensor:
-    """Set a square in each of the images x (B, C, H, H) to 0, the mean color. Near an edge, part of it lies outside."""
+    """Set a square in each of the images x (B, C, H, H) to 0, the mean color. Near an edge, the square is clipped."""
     center = torch.randint(x.shape[3], (2, len(x), 1), generator=generator).to(x.device)  # row and column
     offset = torch.arange(x.shape[3], device=x.device) - center
     rows, columns = (offset >= -(side // 2)) & (offset < side - side // 2)  # (B, H) each
@@ -140,7 +140,7 @@ def cutout(x: Tensor, side: int, generator: Generator) -> Tensor:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

@@ -3,13 +3,13 @@
 A feature map in the middle of the teacher is a hint that the student's map at the same stage must predict. A convolutional
 regressor bridges the difference in channels and resolution; it is trained with the student and dropped at inference.
 
-    u      = ReLU(BN(conv(f_s)))              f: the map of stage hint_stage, 0 is the stem
+    u      = ReLU(BN(conv(f_s)))              f: the map of stage hint_stage; 0 is the stem
     L_hint = mean (u - f_t)^2                 over batch, channels and positions
     KD     = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L      = ce_weight CE + kd_weight KD + fitnet_weight L_hint
 
 Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/FitNet.py, models/util.py), the source of the published tables.
-Published: resnet56/resnet20 69.21 (last epoch). For 4 of its 13 pairs the student trained alone is better.
+Published: resnet56/resnet20 69.21 (last epoch). In 4 of its 13 pairs the student trained alone is better.
 Differences
 - from the paper: one phase. The paper first trains the student up to the hint on L_hint alone, then the whole student with KD.
 - from the code: none in the loss.
@@ -85,7 +85,7 @@ class FitNet(nn.Module):
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

@@ -5,7 +5,7 @@ The flow of the solution procedure (FSP) is how a network turns the map of one s
 matrix of inner products between the channels of the two maps. In phase 1 the student learns the teacher's matrices, in phase 2
 the labels.
 
-    G_k   = 1 / (H W) sum over positions p of f_k(p) f_k+1(p)^T        f_0: the stem's map, f_1 ... f_n: the stages'
+    G_k   = 1 / (H W) sum over positions p of f_k(p) f_k+1(p)^T        f_0: the stem's map, f_1 ... f_n: the stages' maps
     L_fsp = sum over k = 0 ... n - 1 of mean (G_k_s - G_k_t)^2         over batch and entries
     KD    = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L     = fsp_weight L_fsp in phase 1,   ce_weight CE + kd_weight KD in phase 2
@@ -15,7 +15,7 @@ Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/FSP.py, helper/pretrai
 Published: resnet56/resnet20 69.95 (last epoch).
 Differences
 - from the paper: it sums the squares over a matrix; the mean is RepDistiller's.
-- from the code: none in value; a matrix product replaces its B C C H W tensors of up to 1 GiB. Its flag -b has no effect on FSP.
+- from the code: same values; a matrix product replaces its B C C H W tensors of up to 1 GiB. Its flag -b has no effect on FSP.
 """
 
 import sys
@@ -76,7 +76,7 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 
 
 def same_side(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, ...]:
-    """Two maps (B, C, H, W) at the lower resolution of the two: the larger is average-pooled."""
+    """Both maps (B, C, H, W) at the lower of their two resolutions; the larger is average-pooled."""
     side = min(f_s.shape[2], f_t.shape[2])
     return tuple(f if f.shape[2] == side else F.adaptive_avg_pool2d(f, side) for f in (f_s, f_t))
 
@@ -94,7 +94,7 @@ def fsp_loss(maps_s: list[Tensor], maps_t: list[Tensor]) -> Tensor:
 
 
 def check_channels(args: Args, classes: int, size: int) -> None:
-    """End the program unless the two networks' maps have the same numbers of channels."""
+    """Exit unless the two networks' maps have the same numbers of channels."""
     nets = build(args.teacher, classes, "cpu"), build(args.student, classes, "cpu")
     teacher, student = ([c for c, _, _ in feature_shapes(net, size).maps] for net in nets)
     if teacher != student:
@@ -103,7 +103,7 @@ def check_channels(args: Args, classes: int, size: int) -> None:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     check_channels(args, train.classes, train.size)  # before a teacher is trained for nothing
     teacher = load_teacher(run, test)  # frozen, in eval mode
@@ -112,7 +112,7 @@ def main(args: Args) -> float:
     student = build(args.student, train.classes, args.device)
     lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
 
-    # Phase 1. Unlike in RepDistiller, batch norms behind the last map are in train mode; no map depends on them.
+    # Phase 1. Unlike in RepDistiller, batch norms after the last map are in train mode; no map depends on them.
     init = nn.ModuleDict(dict(student=student)).to(args.device)
     init_optimizer = SGD(init.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
     init_scheduler = MultiStepLR(init_optimizer, milestones=[])  # constant learning rate
@@ -151,7 +151,7 @@ def main(args: Args) -> float:
 
         loss_ce = F.cross_entropy(z_s, y)
         loss_kd = torch.zeros_like(loss_ce)
-        if args.kd_weight:  # else phase 2 does not need the teacher, and KD is logged as 0
+        if args.kd_weight:  # otherwise phase 2 does not need the teacher, and KD is logged as 0
             with torch.no_grad():
                 z_t, _ = teacher(x)
             loss_kd = kd_loss(z_s, z_t, args.kd_temperature)

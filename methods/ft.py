@@ -12,8 +12,8 @@ them into a factor with half the channels. In phase 2 a translator must extract 
 Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/FT.py, models/util.py), the source of the published tables.
 Published: resnet56/resnet20 69.84 (last epoch).
 Differences
-- from the paper and its code, Jangho-Kim/Factor-Transfer-pytorch@19cce26: there Q(F) = F / |F|, which keeps channels and signs.
-- from the same: there L_rec is a mean absolute error, the translator has no batch norm, and ft_weight is 500.
+- from the paper and its code, Jangho-Kim/Factor-Transfer-pytorch@19cce26: their Q(F) = F / |F| keeps channels and signs.
+- from the paper and its code: their L_rec is a mean absolute error, their translator has no batch norm, and ft_weight is 500.
 - from RepDistiller: none in the loss.
 
 The paper's method, on this schedule: python methods/ft.py --ft-variant original --ft-weight 500
@@ -55,7 +55,7 @@ class Args(DistillArgs):
     ft_weight: float = 200.0
     """weight of the FT term; 500 for the original variant"""
     ft_variant: Literal["repdistiller", "original"] = "repdistiller"
-    """repdistiller gave the published CIFAR-100 numbers, original is the paper's"""
+    """repdistiller gave the published CIFAR-100 numbers; original is the paper's"""
     init_epochs: PositiveInt = 30
     """epochs of phase 1, at a constant learning rate"""
 
@@ -68,7 +68,7 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 
 
 def same_side(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, ...]:
-    """Two maps (B, C, H, W) at the lower resolution of the two: the larger is average-pooled."""
+    """Both maps (B, C, H, W) at the lower of their two resolutions; the larger is average-pooled."""
     side = min(f_s.shape[2], f_t.shape[2])
     return tuple(f if f.shape[2] == side else F.adaptive_avg_pool2d(f, side) for f in (f_s, f_t))
 
@@ -107,7 +107,7 @@ def ft_loss(factor_s: Tensor, factor_t: Tensor, variant: str) -> Tensor:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

@@ -1,5 +1,5 @@
 """ICD: Invariant Consistency for Knowledge Distillation. Giakoumoglou and Stathaki, 2024, arXiv 2407.11802.
-v2: Invariant Causal Knowledge Distillation in Neural Networks. v3 on: Discriminative and Consistent Distillation (DCD).
+v2: Invariant Causal Knowledge Distillation in Neural Networks. v3 and later: Discriminative and Consistent Distillation (DCD).
 
 Student and teacher features are projected to unit vectors. A student vector must pick out its own teacher vector from the batch
 (contrast), and the student-to-teacher and teacher-to-student distributions must agree (invariance). This is the objective of
@@ -15,7 +15,7 @@ ReLIC (arXiv 2010.07922) between student and teacher instead of between two augm
 
 Taken from the authors' code, giakoumoglou/distillers@9ba0bfd (it still runs at 2f95cea and breaks at 7d31ca6); the loss is the
 same in all versions. Published: resnet56/resnet20 71.18, with KD 71.81 (README, 4 September 2024). The table changed three times
-in five months, each time upwards, e.g. resnet110/resnet20 with KD 71.57 -> 72.03, resnet32x4/shufflenetv1 75.27 -> 76.01.
+in five months, each time upward, e.g. resnet110/resnet20 with KD 71.57 -> 72.03, resnet32x4/shufflenetv1 75.27 -> 76.01.
 Differences
 - from the paper: checked against the abstract only.
 - from the code: the incomplete last batch of an epoch is kept, and runs are seeded.
@@ -57,7 +57,7 @@ class Args(DistillArgs):
     alpha: float = 0.5
     """weight of the invariance within the ICD term"""
     init_tau: float = 1.0
-    """initial log of the scale s; 0 starts at s = 1 as in ReLIC, probably what was meant"""
+    """initial log of the scale s; 0 gives s = 1 as in ReLIC, which was probably intended"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
@@ -88,13 +88,13 @@ class ICD(nn.Module):
         similarity = self.scale() * (e_s @ e_t.T) + self.bias  # S
         log_p = F.log_softmax(similarity, dim=1)
         log_q = F.log_softmax(similarity.T, dim=1)
-        contrast = -log_p.diagonal().mean()  # L_con, in one direction only: images of the same class are negatives too
-        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # L_inv, gradients through P and Q
+        contrast = -log_p.diagonal().mean()  # L_con, in one direction only; images of the same class count as negatives
+        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # L_inv, with gradients through P and Q
         return contrast + self.alpha * invariance
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

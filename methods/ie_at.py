@@ -3,7 +3,7 @@ Inheritance and Exploration Framework, CVPR 2021, arXiv 2107.00181, which has an
 
 Status: our definition. The paper's text was not available and the authors' code has no IE-AT.
 
-One half of the student's channels must attend to where the teacher attends (inheritance, as in AT, arXiv 1612.03928), the other
+One half of the student's channels must attend where the teacher attends (inheritance, as in AT, arXiv 1612.03928), the other
 half to where it does not (exploration), so that the student does not merely repeat the teacher.
 
     Q(f)    = q / ||q||,   q = mean over the channels of f^2, a vector of positions     f: the map that is pooled (`last`)
@@ -13,7 +13,7 @@ half to where it does not (exploration), so that the student does not merely rep
     L       = ce_weight CE + inheritance_weight L_inh + exploration_weight L_exp
 
 The recipe is that of the authors' CIFAR-10 configuration (aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-
-Exploration-Framework@3274ab0). Published on CIFAR-10 (from a picture): resnet56/resnet20 93.30, AT 92.87, IE-FT 93.43.
+Exploration-Framework@3274ab0). Published on CIFAR-10 (read off an image): resnet56/resnet20 93.30, AT 92.87, IE-FT 93.43.
 Differences
 - from the paper: checked against the abstract only.
 - from AT: only the last maps are compared, not those of every stage.
@@ -75,7 +75,7 @@ def ie_at_loss(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args, padding="reflect")  # as in the authors' code
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

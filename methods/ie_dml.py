@@ -3,9 +3,9 @@ Inheritance and Exploration Framework, CVPR 2021, arXiv 2107.00181, which has an
 
 Status: our definition. The paper's text was not available and the authors' code has DML (arXiv 1706.00384) but no IE-DML.
 
-Two untrained networks, student and peer, learn in turns from the labels, from each other's predictions, and from each other's
-last map, compressed to a factor: one half of a network's channels must reproduce the other's factor, the other half must differ
-from it. For a network k and the other one, o, which gets no gradient:
+Two untrained networks, student and peer, take turns learning from the labels, from each other's predictions, and from each
+other's last map, compressed to a factor: the first half of a network's channels must reproduce the other network's factor, and
+the second half must differ from it. For a network k and the other one, o, which gets no gradient:
 
     D(F, G) = mean over images and elements of |F/||F|| - G/||G|||     ||F||: norm of an image's whole factor
     L_inh   =  D(E_inh,k(f_inh,k), E_o(f_o))                           f_inh, f_exp: the halves of f, the map that is pooled
@@ -15,10 +15,10 @@ from it. For a network k and the other one, o, which gets no gradient:
     L       = ce_weight CE + kd_weight KD + inheritance_weight L_inh + exploration_weight L_exp + L_rec
 
 Terms and coders are those of methods/ie_kd.py. The turns are those of DML in the authors' code (aliyun/Revisiting-Knowledge-
-Distillation-an-Inheritance-and-Exploration-Framework@3274ab0), the recipe that of its cifar100/resnet56-20-bs128 configuration.
+Distillation-an-Inheritance-and-Exploration-Framework@3274ab0); the recipe is from its cifar100/resnet56-20-bs128 configuration.
 Differences
-- from the paper: checked against the abstract only; whether it keeps the KD term is not known to us.
-- from the code's DML: kd_weight is 1; there the weight is 0 by default, and only one of five configurations sets it, to 1.
+- from the paper: checked against the abstract only; we do not know whether it keeps the KD term.
+- from the code's DML: kd_weight is 1; in the code it is 0 by default, and only one of five configurations sets it, to 1.
 """
 
 import sys
@@ -40,7 +40,7 @@ from common import NetworkName, Positive, Run, RunArgs, accuracy, build, cuda_gr
 class Args(RunArgs):
     student: str = "resnet20"
     peer: NetworkName = "resnet20"
-    """network trained beside the student; the test accuracy is the student's, the log has both"""
+    """network trained alongside the student; the test accuracy is the student's, the log has both"""
     epochs: int = 160
     batch_size: int = 128
     lr: float | None = None
@@ -52,7 +52,7 @@ class Args(RunArgs):
     ce_weight: float = 1.0
     """weight of the cross-entropy with the labels"""
     kd_weight: float = 1.0
-    """weight of the KD term, the KL to the other network's predictions"""
+    """weight of the KD term, the KL divergence from the other network's predictions"""
     kd_temperature: Positive = 1.0
     """softmax temperature of the KD term"""
     inheritance_weight: float = 50.0
@@ -96,7 +96,7 @@ class IEDML(nn.Module):
         self.encode_inh, self.encode_exp = Coder(self.half, width), Coder(c - self.half, width)
 
     def forward(self, f: Tensor, factor_o: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """L_inh, L_exp and L_rec of the network's map (B, c, H, W) and the other one's factor (B, width, H', W')."""
+        """L_inh, L_exp and L_rec of the network's map (B, c, H, W) and the other network's factor (B, width, H', W')."""
         inheritance = distance(self.encode_inh(f[:, : self.half]), factor_o)  # L_inh
         exploration = -distance(self.encode_exp(f[:, self.half :]), factor_o)  # L_exp
         reconstruction = F.l1_loss(self.decode(self.encode(f.detach())), f.detach())  # L_rec
@@ -104,7 +104,7 @@ class IEDML(nn.Module):
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args, padding="reflect")  # as in the authors' code
 
     torch.manual_seed(args.seed)  # the same initial student for every method
@@ -120,7 +120,7 @@ def main(args: Args) -> float:
 
     def turn(net, iedml, other, iedml_o, x, y):
         with torch.no_grad():
-            z_o, features_o = other(x)  # in train mode: this moves its batch statistics, as in the authors' DML
+            z_o, features_o = other(x)  # in train mode: this updates its running statistics, as in the authors' DML
             factor_o = iedml_o.encode(features_o.last)
         z, features = net(x)
 
@@ -130,7 +130,7 @@ def main(args: Args) -> float:
         loss = args.ce_weight * loss_ce + args.kd_weight * loss_kd
         loss = loss + args.inheritance_weight * loss_inh + args.exploration_weight * loss_exp + loss_rec
 
-        optimizer.zero_grad()  # to None, which a step leaves as it is: the other network and its coders do not move
+        optimizer.zero_grad()  # step() skips gradients of None: the other network and its coders do not move
         loss.backward()
         optimizer.step()
         terms = dict(loss=loss, ce=loss_ce, kd=loss_kd, inh=loss_inh, exp=loss_exp, rec=loss_rec)

@@ -1,5 +1,5 @@
 """IE-KD: Revisiting Knowledge Distillation: An Inheritance and Exploration Framework. Huang, Shen, Xing et al., CVPR 2021,
-arXiv 2107.00181. Taken to be its IE-FT, the variant built on factor transfer.
+arXiv 2107.00181. Presumably its IE-FT, the variant built on factor transfer.
 
 Phase 1 trains an auto-encoder that compresses the teacher's last map into a factor. In phase 2 one half of the student's channels
 must reproduce that factor through a small encoder of its own (inheritance), and the other half must differ from it (exploration),
@@ -12,13 +12,13 @@ so that the student does not merely repeat the teacher.
     L       = ce_weight CE + inheritance_weight L_inh + exploration_weight L_exp      phase 2, trains the student, E_inh and E_exp
 
 Modules and recipe are those of the authors' CIFAR-10 code (aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-
-Exploration-Framework@3274ab0; it does not run as released). Published on CIFAR-10 (from a picture): resnet56/resnet20 93.43.
+Exploration-Framework@3274ab0; it does not run as released). Published on CIFAR-10 (read off an image): resnet56/resnet20 93.43.
 Differences
-- from the paper: checked against the abstract only; a reader reports that it squares L_rec and prints L_exp without the minus.
-- from the paper: the reader also reports that the maps of either half are picked at random; the code's default is the first half.
+- from the paper: checked against the abstract only; a secondary source says that it squares L_rec and has no minus in L_exp.
+- from the paper: the same source says that each half's channels are picked at random; the code takes the first half by default.
 - from the code: it leaves the form of L_exp open (an empty default; a norm and a cosine exist); the norm is our choice.
-- from the code: a factor has half the student's channels, not 32, which is half of a resnet's 64.
-- from the code: its weights of 1 have next to no effect; 50 is said to be the value of the paper's Table 6b.
+- from the code: a factor has half the student's channels, not always 32 (half of a resnet's 64).
+- from the code: its weights of 1 have almost no effect; 50 is reportedly the value in the paper's Table 6b.
 """
 
 import sys
@@ -46,7 +46,7 @@ class Args(DistillArgs):
     epochs: int = 160
     batch_size: int = 128
     lr: float | None = None
-    """initial learning rate of either phase; by default 0.1"""
+    """initial learning rate of both phases; by default 0.1"""
     milestones: tuple[int, ...] = ()
     """epochs after which the learning rate drops 10x; by default 1/2 and 3/4 of all"""
     momentum: float = 0.9
@@ -91,7 +91,7 @@ def distance(f: Tensor, g: Tensor) -> Tensor:
 
 
 class IEKD(nn.Module):
-    """Splits a student's map of c_s channels and compares each half with the teacher's factor, of c_s // 2 channels."""
+    """Splits a student's map of c_s channels and compares each half with the teacher's factor, which has c_s // 2 channels."""
 
     def __init__(self, c_s: int, split: str):
         super().__init__()
@@ -122,7 +122,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 def similarities(student: nn.Module, iekd: IEKD, teacher: nn.Module, images) -> dict[str, Tensor]:
     """Linear CKA of the student's halves and the teacher's map, averaged over the batches of `images`.
 
-    L_exp can fall through E_exp alone, while f_exp still resembles the teacher's map: cka_exp_t would show it.
+    E_exp alone can lower L_exp while f_exp still resembles the teacher's map; cka_exp_t would show it.
     """
     student.eval()
     rows = []
@@ -133,7 +133,7 @@ def similarities(student: nn.Module, iekd: IEKD, teacher: nn.Module, images) -> 
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args, padding="reflect")  # as in the authors' code
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

@@ -2,11 +2,11 @@
 Knowledge Distillation: An Inheritance and Exploration Framework, CVPR 2021, arXiv 2107.00181, which has an IE-OD in its Table 1.
 
 Status: our definition. The paper's text was not available and the authors' code has no IE-OD.
-One half of the student's channels regresses the teacher's last map (inheritance, as in OFD, arXiv 1904.01866). The other half
-must differ from a factor of it, found by an auto-encoder in phase 1 (exploration, as in ie_kd.py; minus OFD would be unbounded).
+One half of the student's channels regresses the teacher's last map (inheritance, as in OFD, arXiv 1904.01866). The other must
+differ from that map compressed to a factor by phase 1's auto-encoder (exploration, as in ie_kd.py; negated OFD is unbounded).
 
     L_rec   = mean |f_t - D_t(E_t(f_t))|                              phase 1, trains E_t and D_t; f: the map that is pooled
-    v       = max(g_t, m)         g: the last stage's map before its ReLU; m: mean negative value, from the batch norm there
+    v       = max(g_t, m)         g: the last stage's map before its ReLU; m: mean negative value, from the preceding batch norm
     L_inh   = (1/B) sum (u - v)^2 [u > v or v > 0]                    u: batch norm of a 1x1 convolution of g_inh
     D(F, G) = mean over images and elements of |F/||F|| - G/||G|||    ||F||: norm of an image's whole factor
     L_exp   = -D(E_exp(relu(g_exp)), E_t(f_t))                        g_inh, g_exp: first and second half of g_s
@@ -55,7 +55,7 @@ class Args(DistillArgs):
     epochs: int = 160
     batch_size: int = 128
     lr: float | None = None
-    """initial learning rate of either phase; by default 0.1"""
+    """initial learning rate of both phases; by default 0.1"""
     milestones: tuple[int, ...] = ()
     """epochs after which the learning rate drops 10x; by default 1/2 and 3/4 of all"""
     momentum: float = 0.9
@@ -63,28 +63,28 @@ class Args(DistillArgs):
     ce_weight: float = 1.0
     """weight of the cross-entropy with the labels"""
     inheritance_weight: float = 1e-3
-    """weight of the inheritance term, OFD's for the last stage; 0 leaves exploration only"""
+    """weight of the inheritance term, the same as OFD's for the last stage; 0 leaves exploration only"""
     exploration_weight: float = 50.0
     """weight of the exploration term; 0 leaves inheritance only"""
 
 
 def same_side(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, ...]:
-    """Two maps (B, C, H, W) at the lower resolution of the two: the larger is average-pooled."""
+    """Both maps (B, C, H, W) at the lower of their two resolutions; the larger is average-pooled."""
     side = min(f_s.shape[2], f_t.shape[2])
     return tuple(f if f.shape[2] == side else F.adaptive_avg_pool2d(f, side) for f in (f_s, f_t))
 
 
 def margin(norm: nn.BatchNorm2d) -> Tensor:
-    """m (C, 1, 1) of a batch norm over C channels. What a residual block adds after it is ignored, as released."""
+    """m (C, 1, 1) of a batch norm over C channels. As released, the shortcut that a residual block adds after it is ignored."""
     beta, gamma = norm.bias.detach(), norm.weight.detach().abs()
     density = (-((beta / gamma) ** 2) / 2).exp() / math.sqrt(2 * math.pi)
     negative = torch.special.ndtr(-beta / gamma)  # the probability of a negative value
-    m = torch.where(negative > 0.001, beta - gamma * density / negative, -3 * gamma)  # -3 gamma where it is rare
+    m = torch.where(negative > 0.001, beta - gamma * density / negative, -3 * gamma)  # -3 gamma where that is rare
     return m[:, None, None]
 
 
 class PartialDistance(nn.Module):
-    """(1/B) sum (u - v)^2 [u > v or v > 0] of a stage; the connector is trained. `norm`: the teacher's, before the ReLU."""
+    """(1/B) sum (u - v)^2 [u > v or v > 0] of a stage, with a trained connector. `norm`: the teacher's pre-ReLU batch norm."""
 
     def __init__(self, c_s: int, norm: nn.BatchNorm2d):
         super().__init__()
@@ -130,7 +130,7 @@ def distance(f: Tensor, g: Tensor) -> Tensor:
 
 
 class IEOD(nn.Module):
-    """L_inh and L_exp; of the student's c_s channels the first half inherits. `norm`: the teacher's, before its last ReLU."""
+    """L_inh and L_exp; the first half of the student's c_s channels inherits. `norm`: the teacher's last pre-ReLU batch norm."""
 
     def __init__(self, c_s: int, norm: nn.BatchNorm2d):
         super().__init__()
@@ -139,14 +139,14 @@ class IEOD(nn.Module):
         self.encode_exp = Coder(c_s - self.width, self.width)
 
     def forward(self, g_s: Tensor, g_t: Tensor, factor_t: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps g_s (B, c_s, H, W) and g_t (B, c_t, H', W') before the ReLU, and the factor E_t(f_t) of c_s // 2 channels."""
+        """Maps g_s (B, c_s, H, W) and g_t (B, c_t, H', W') before the ReLU, and the factor E_t(f_t) with c_s // 2 channels."""
         inheritance = self.partial_distance(g_s[:, : self.width], g_t)  # L_inh
         exploration = -distance(self.encode_exp(F.relu(g_s[:, self.width :])), factor_t)  # L_exp
         return inheritance, exploration
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args, padding="reflect")  # as in the authors' code
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

@@ -1,7 +1,7 @@
 """KD: Distilling the Knowledge in a Neural Network. Hinton, Vinyals and Dean, 2015, arXiv 1503.02531.
 
-The student matches the teacher's class probabilities, softened by a temperature so that the small ones count too: how the
-teacher is wrong tells which classes look alike. T^2 keeps the size of the gradient as T changes.
+The student matches the teacher's class probabilities, softened by a temperature so that the small ones count too: they show
+which classes look alike to the teacher. The factor T^2 preserves the size of the gradient as T changes.
 
     KD = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L  = ce_weight CE + kd_weight KD
@@ -53,7 +53,7 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

@@ -1,11 +1,11 @@
 """LS: Logit Standardization in Knowledge Distillation. Sun, Ren, Li, Wang and Cao, 2024, arXiv 2403.01427.
 
-KD asks a small student to match the spread of the teacher's logits, too, as both share one temperature. With every image's logits
-standardized in both networks, only their relations are taught; cross-entropy alone sets the scale of the student's logits.
+KD makes a small student match the spread of the teacher's logits too, because both share one temperature. Here each image's
+logits are standardized in both networks, so that only their relations are taught; cross-entropy alone sets the student's scale.
 
-    n    = (z - mean z) / (std z + 1e-7)                                    per image over the classes; std divides by C - 1
+    n    = (z - mean z) / (std z + 1e-7)                                    per image, over the classes; std divides by C - 1
     KD   = T^2 mean_i KL(p_t || p_s),   p = softmax(n / T),   T = kd_temperature
-    DKD  = dkd_alpha TCKD + dkd_beta NCKD                                   those of methods/dkd.py, of n instead of z
+    DKD  = dkd_alpha TCKD + dkd_beta NCKD                                   as in methods/dkd.py, on n instead of z
     L    = ce_weight CE + kd_weight KD                                      --loss kd
     L    = ce_weight CE + min(epoch / warmup_epochs, 1) kd_weight DKD       --loss dkd
 
@@ -13,8 +13,8 @@ Taken from the authors' code, sunshangquan/logit-standardization-KD@f6e5aa5. Pub
 (DKD+LS), best epoch on the test set. T, kd_weight and dkd_beta were tuned for each pair, as the names of its logs show.
 Differences
 - from the paper: checked against the abstract only.
-- from the code: in DKD, q is computed without the label's class, where theirs subtracts 1000 from its logit.
-- from the code: the last epoch counts, in its logs 0.3 below the best on average, and runs are seeded.
+- from the code: in DKD, q is computed without the label's class; the code subtracts 1000 from its logit.
+- from the code: the last epoch is reported (in its logs, 0.3 below the best on average), and runs are seeded.
 
     python methods/ls.py --loss dkd      # DKD+LS
 """
@@ -34,7 +34,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import DistillArgs, NonNegative, Positive, PositiveInt, Run, accuracy, build, cuda_graph, load_data, load_teacher
 
-KD_LS = {  # (teacher, student): (T, kd_weight), from the names of the authors' logs; all others are (2, 9)
+KD_LS = {  # (teacher, student): (T, kd_weight), from the names of the authors' logs; (2, 9) for all other pairs
     ("resnet110", "resnet20"): (4.0, 12.0),
     ("resnet32x4", "wrn_16_2"): (3.0, 9.0),
     ("resnet32x4", "wrn_40_2"): (3.0, 9.0),
@@ -43,7 +43,7 @@ KD_LS = {  # (teacher, student): (T, kd_weight), from the names of the authors' 
     ("vgg13", "mobilenetv2"): (3.0, 9.0),
     ("resnet50", "mobilenetv2"): (3.0, 1.0),
 }
-DKD_LS = {  # (teacher, student): (T, kd_weight, dkd_beta), likewise; all others are (2, 9, 8)
+DKD_LS = {  # (teacher, student): (T, kd_weight, dkd_beta), same source; (2, 9, 8) for all other pairs
     ("wrn_40_2", "wrn_16_2"): (2.0, 12.0, 2.0),
     ("wrn_40_2", "wrn_40_1"): (2.0, 12.0, 2.0),
     ("wrn_40_2", "resnet8x4"): (2.0, 18.0, 2.0),
@@ -69,19 +69,19 @@ class Args(DistillArgs):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     loss: Literal["kd", "dkd"] = "kd"
-    """the loss of the standardized logits: kd (KD+LS) or dkd (DKD+LS)"""
+    """loss on the standardized logits: kd (KD+LS) or dkd (DKD+LS)"""
     ce_weight: float | None = None
-    """weight of the cross-entropy with the labels; by default 0.1 beside kd, 1 beside dkd"""
+    """weight of the cross-entropy with the labels; by default 0.1 with kd, 1 with dkd"""
     kd_weight: float | None = None
-    """weight of that loss; by default the pair's in KD_LS or DKD_LS, or 9"""
+    """weight of the loss on the standardized logits; by default the pair's value in KD_LS or DKD_LS, or 9"""
     kd_temperature: Positive | None = None
-    """softmax temperature; by default the pair's in KD_LS or DKD_LS, or 2"""
+    """softmax temperature; by default the pair's value in KD_LS or DKD_LS, or 2"""
     dkd_alpha: float = 1.0
     """weight of TCKD, the label's class against all others"""
     dkd_beta: NonNegative | None = None
-    """weight of NCKD, among the other classes; by default the pair's in DKD_LS, or 8"""
+    """weight of NCKD, among the other classes; by default the pair's value in DKD_LS, or 8"""
     warmup_epochs: PositiveInt = 20
-    """epochs in which the weight of dkd rises to its full value; 1 for none; kd has its full weight from the start"""
+    """epochs over which the weight of dkd ramps up to its full value; 1 for no warm-up; kd starts at full weight"""
 
 
 def standardize(z: Tensor, eps: float = 1e-7) -> Tensor:
@@ -115,7 +115,7 @@ def dkd_losses(z_s: Tensor, z_t: Tensor, y: Tensor, temperature: float) -> tuple
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

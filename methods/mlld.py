@@ -1,20 +1,20 @@
 """MLLD: Multi-Level Logit Distillation. Jin, Wang and Lin, 2023 (CVPR), arXiv: none. Also called MLKD.
 
 Both networks see a weak view of an image (crop and flip) and a strong one (another crop and flip, then RandAugment). The student
-matches the teacher's predictions at five temperatures, and on the weak view how they relate images and classes.
+matches the teacher's predictions at five temperatures and, on the weak view, the relations between images and between classes.
 
     KD_T(a)   = T^2 mean_i KL(p_t || p_s),   p = softmax(z(x_a) / T)
-    G_T       = ||P_t P_t' - P_s P_s'||^2 / B       P (B, C): p of the weak view;   between images, loss_bc
+    G_T       = ||P_t P_t' - P_s P_s'||^2 / B       P (B, C): p on the weak view;   between images, loss_bc
     H_T       = ||P_t' P_t - P_s' P_s||^2 / C       between classes, loss_cc
-    m         = share of the images (for H, classes) of which the teacher is no surer than of the median: 1/2
+    m         = share of the images (for H, classes) on which the teacher's confidence is at most the median: 1/2
     L_kd      = sum_{T, 3, 5, 2, 6} m KD(w) + sum_{T, 3, 5} KD(s) + sum_{2, 6} KD(w)          T = kd_temperature
     L         = ce_weight (CE(x_w) + CE(x_s)) + kd_weight (L_kd + sum_{T, 3, 5, 2, 6} m (G + H))
 
-The loss as executed by the authors' code, Jin-Ying/Multi-Level-Logit-Distillation@5ee473f; the recipe of KD but for lr 0.025 and
-the second view, drawn per image from train.generator. Published: resnet56/resnet20 72.19, not comparable: after 480 epochs.
+The loss that the authors' code, Jin-Ying/Multi-Level-Logit-Distillation@5ee473f, executes; the recipe is KD's except for lr 0.025
+and the second view, drawn per image from train.generator. Published: resnet56/resnet20 72.19, not comparable (480 epochs).
 Differences
-- from the paper: not compared.
-- from the code: RandAugment of tensors instead of PIL images, the same within one gray level; the last epoch counts; seeds.
+- from the paper: not checked.
+- from the code: RandAugment of tensors, not PIL images (equal to within one gray level); last epoch reported; runs seeded.
 """
 
 import math
@@ -47,15 +47,15 @@ class Args(DistillArgs):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     ce_weight: float = 0.1
-    """weight of the cross-entropy with the labels, of each view"""
+    """weight of the cross-entropy with the labels, for each view"""
     kd_weight: float = 0.9
-    """weight of all other terms; G is tuned for batches of 64"""
+    """weight of all other terms, tuned for batches of 64 because of G"""
     kd_temperature: Positive = 4.0
     """the first of the five temperatures; the others are 2, 3, 5 and 6"""
     mask: Literal["half", "image"] = "half"
-    """m: half, as executed, or image: 1 for those images and classes and 0 for the others, as was probably meant"""
+    """m: half (as executed), or image (1 up to the median confidence and 0 above it, as was probably intended)"""
     operations: PositiveInt = 2
-    """operations of RandAugment per image, before its cutout"""
+    """RandAugment operations per image, before its cutout"""
 
 
 def kd_per_image(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
@@ -66,20 +66,20 @@ def kd_per_image(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 
 
 def unsure(confidence: Tensor, mask: str) -> Tensor:
-    """m of confidences (N,). The code masks what is already averaged, which multiplies it by the mean of the mask."""
+    """m for confidences (N,). The code masks a loss that is already averaged, which multiplies it by the mean of the mask."""
     m = (confidence <= confidence.quantile(0.5)).to(confidence.dtype)
     return m.mean() if mask == "half" else m
 
 
 def gram_distance(p_s: Tensor, p_t: Tensor) -> Tensor:
-    """Squared distances (N,) of the rows of P_t P_t' and P_s P_s' (N, N)."""
+    """Squared distances (N,) between the rows of P_t P_t' and P_s P_s' (N, N)."""
     return (p_t @ p_t.T - p_s @ p_s.T).square().sum(1)
 
 
 def mlld_losses(
     z_sw: Tensor, z_ss: Tensor, z_tw: Tensor, z_ts: Tensor, temperature: float, mask: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L_kd and the sums of m G and m H of logits (B, C) of student and teacher on the weak and the strong view."""
+    """L_kd and the sums of m G and m H from the logits (B, C) of both networks on the weak and the strong view."""
     p = F.softmax(z_tw, dim=1)
     m_image, m_class = unsure(p.amax(1), mask), unsure(p.sum(0), mask)
     weak, strong, kd, bc, cc = (z_sw, z_tw), (z_ss, z_ts), 0, 0, 0
@@ -110,7 +110,7 @@ def warp(x: Tensor, *matrix: Tensor | float) -> Tensor:
     return F.grid_sample(x.float(), grid, mode="nearest", align_corners=False).to(torch.uint8)
 
 
-RANDAUGMENT = [  # (lowest v, highest v, uint8 images x (n, 3, H, W) changed by v (n, 1, 1, 1))
+RANDAUGMENT = [  # (lowest v, highest v, operation on uint8 images x (n, 3, H, W) with v (n, 1, 1, 1))
     (0.0, 1.0, lambda x, v: x),
     (0.0, 1.0, lambda x, v: autocontrast(x)),
     (0.0, 1.0, lambda x, v: equalize(x)),
@@ -129,7 +129,7 @@ RANDAUGMENT = [  # (lowest v, highest v, uint8 images x (n, 3, H, W) changed by 
 
 
 def randaugment(pixels: Tensor, operations: int, generator: Generator) -> Tensor:
-    """uint8 images after `operations` draws, with replacement, from RANDAUGMENT and a cutout; `pixels` (B, 3, H, H) in [0, 1]."""
+    """uint8 images after `operations` draws from RANDAUGMENT (with replacement) and a cutout; `pixels` (B, 3, H, H) in [0, 1]."""
     x, device = (255 * pixels).round().to(torch.uint8), pixels.device
     for _ in range(operations):
         kind = torch.randint(len(RANDAUGMENT), (len(x),), generator=generator)
@@ -148,7 +148,7 @@ def randaugment(pixels: Tensor, operations: int, generator: Generator) -> Tensor
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

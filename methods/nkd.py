@@ -7,14 +7,14 @@ other classes are normalized to sum to 1 in both networks, so that they can be m
     p        = softmax(z)                                     y: the label
     q        = softmax(z / T) over the C - 1 other classes,   T = nkd_temperature
     L_target = mean_i -p_t,y log p_s,y
-    L_other  = T^2 mean_i -sum_c q_t,c log q_s,c              gradient: that of DKD's NCKD
+    L_other  = T^2 mean_i -sum_c q_t,c log q_s,c              same gradient as DKD's NCKD
     L        = ce_weight CE + nkd_weight (L_target + gamma L_other)
 
-Taken from the authors' code, yzd-v/cls_KD@1e5d48f. T = 3 and gamma = 3.5 are from its only CIFAR-100 configuration (resnet34 to
-resnet18 of mmcls); taking them for all pairs is ours, as the authors publish none of these.
+Taken from the authors' code, yzd-v/cls_KD@1e5d48f. T = 3 and gamma = 3.5 are from its only CIFAR-100 configuration (mmcls's
+resnet34 to resnet18); using them for all pairs is our choice, since the authors give no values for the pairs here.
 Differences
 - from the paper: checked against the abstract only.
-- from the code: the recipe is ours; theirs has batches of 128, 200 epochs and lr 0.1. Labels are classes only.
+- from the code: the recipe is ours; the code uses batches of 128, 200 epochs and lr 0.1. Labels are class indices only.
 """
 
 import sys
@@ -47,20 +47,20 @@ class Args(DistillArgs):
     nkd_weight: float = 1.0
     """weight of the NKD term"""
     nkd_temperature: Positive = 3.0
-    """softmax temperature of L_other; the authors take 1 on ImageNet"""
+    """softmax temperature of L_other; the authors use 1 on ImageNet"""
     gamma: float = 3.5
-    """weight of L_other within the NKD term; the authors take 1.5 on ImageNet"""
+    """weight of L_other within the NKD term; the authors use 1.5 on ImageNet"""
 
 
 def log_others(z: Tensor, y: Tensor) -> Tensor:
     """log q (B, C) of logits (B, C) and labels (B,); 0 at the label, which then adds nothing to L_other."""
     label = y[:, None] == torch.arange(z.shape[1], device=z.device)
-    # From 17 July to 10 October 2023 the authors' mask was True everywhere: the label's class stayed in. Copies still do so.
+    # From 17 July to 10 October 2023 the authors' mask was True everywhere, so the label's class stayed in. Copies still have it.
     return F.log_softmax(z.masked_fill(label, -torch.inf), dim=1).masked_fill(label, 0)
 
 
 def nkd_losses(z_s: Tensor, z_t: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """L_target and L_other of logits (B, C) and labels (B,). Neither is 0 where the student equals the teacher."""
+    """L_target and L_other of logits (B, C) and labels (B,). Neither is 0 when the student equals the teacher."""
     p_t_y = F.softmax(z_t, dim=1).gather(1, y[:, None])
     target = -(p_t_y * F.log_softmax(z_s, dim=1).gather(1, y[:, None])).mean()
     log_q_s, log_q_t = log_others(z_s / temperature, y), log_others(z_t / temperature, y)
@@ -69,7 +69,7 @@ def nkd_losses(z_s: Tensor, z_t: Tensor, y: Tensor, temperature: float) -> tuple
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

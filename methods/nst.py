@@ -1,7 +1,7 @@
 """NST: Like What You Like: Knowledge Distill via Neuron Selectivity Transfer. Huang and Wang, 2017, arXiv 1707.01219.
 
 A channel's map shows which regions of an image its neuron responds to. The student's channels, seen as an unordered set of such
-maps, must be distributed like the teacher's: the maximum mean discrepancy (MMD) of the two sets is minimized at every stage.
+maps, must be distributed like the teacher's: the maximum mean discrepancy (MMD) between the two sets is minimized at every stage.
 
     s, t    = channels of the student's and the teacher's map, each a unit vector of H W positions
     k(a, b) = <a, b>^2                                   for two channels of the same image
@@ -13,8 +13,8 @@ The means are over images and all pairs of channels, including a channel with it
 Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/NST.py), the source of the published tables.
 Published: resnet56/resnet20 69.60 (last epoch).
 Differences
-- from the paper: only its polynomial kernel, of degree 2 and without a constant, at every stage.
-- from the code: none in value; matrix products replace its B C C H W tensors, 1 GiB per kernel and stage for resnet32x4.
+- from the paper: only its polynomial kernel is used, of degree 2 and without a constant, at every stage.
+- from the code: same values; matrix products replace its B C C H W tensors, 1 GiB per kernel and stage for resnet32x4.
 """
 
 import sys
@@ -60,7 +60,7 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 
 
 def same_side(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, ...]:
-    """Two maps (B, C, H, W) at the lower resolution of the two: the larger is average-pooled."""
+    """Both maps (B, C, H, W) at the lower of their two resolutions; the larger is average-pooled."""
     side = min(f_s.shape[2], f_t.shape[2])
     return tuple(f if f.shape[2] == side else F.adaptive_avg_pool2d(f, side) for f in (f_s, f_t))
 
@@ -83,7 +83,7 @@ def nst_loss(maps_s: list[Tensor], maps_t: list[Tensor]) -> Tensor:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

@@ -1,22 +1,22 @@
 """OFD: A Comprehensive Overhaul of Feature Distillation. Heo, Kim, Yun, Park, Kwak and Choi, 2019, arXiv 1904.01866.
 
-The student regresses the teacher's maps before their ReLU. Where a teacher value is negative, the ReLU will discard it, so a
-margin takes its place and the student only has to lie below that (partial distance). A channel's margin is the mean of its
-negative values, which the batch norm before the ReLU gives in closed form.
+The student regresses the teacher's pre-ReLU maps. The ReLU discards negative values, so negative teacher values are clamped from
+below at a margin, and the student only has to stay below the result (partial distance). A channel's margin is the mean of its
+negative values, computed in closed form from the batch norm before the ReLU.
 
     v      = max(f_t, m)                                f_t: the teacher's map of stage k before its last ReLU
-    m      = E[x | x < 0],  x ~ N(beta, gamma^2)        beta, gamma of the teacher's batch norm there, one m per channel
+    m      = E[x | x < 0],  x ~ N(beta, gamma^2)        beta, gamma: of the batch norm before that ReLU; one m per channel
     u      = batch norm of a 1x1 convolution of f_s     f_s: the student's map before the last ReLU of the same stage
-    L_ofd  = sum_k 2^(k-n) (1/B) sum (u - v)^2 [u > v or v > 0]    k = 1 ... n; sums over a stage's elements
+    L_ofd  = sum_k 2^(k-n) (1/B) sum (u - v)^2 [u > v or v > 0]    k = 1 ... n; inner sum: over images, channels and positions
     L      = ce_weight CE + ofd_weight L_ofd
 
-Taken from clovaai/overhaul-distillation@76344a8 with the weights and recipe of megvii-research/mdistiller@a08d46f, which gives
-the same loss. Published: resnet56/resnet20 70.98 (the KD++ table, WangYZ1608/Knowledge-Distillation-via-ND).
+Taken from clovaai/overhaul-distillation@76344a8 with the weights and recipe of megvii-research/mdistiller@a08d46f, whose loss is
+the same. Published: resnet56/resnet20 70.98 (the KD++ table in WangYZ1608/Knowledge-Distillation-via-ND).
 Differences
 - from the paper: checked against the abstract only.
-- from the authors' code: its recipe is 200 epochs of batches of 128 with Nesterov and reflect padding.
-- from both: the teacher's batch norms use batch statistics, as released on purpose, but here the running ones stay as they are.
-- ours: of two maps that differ in side the larger is average-pooled; mdistiller always fits the teacher's to the student's.
+- from the authors' code: its recipe is 200 epochs, batch size 128, Nesterov momentum and reflect padding.
+- from both: the teacher's batch norms use batch statistics, as both do on purpose, but leave their running statistics unchanged.
+- ours: if two maps differ in resolution, the larger is average-pooled; mdistiller always resizes the teacher's.
 """
 
 import math
@@ -51,26 +51,26 @@ class Args(DistillArgs):
     ofd_weight: float = 1e-3
     """weight of the OFD term; 1e-4 for ImageNet"""
     teacher_norm: Literal["batch", "running"] = "batch"
-    """statistics of the teacher's batch norms while it teaches: the batch's, as released on purpose, or the running ones"""
+    """statistics in the teacher's batch norms: the batch's, as the authors intended, or the running ones"""
 
 
 def same_side(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, ...]:
-    """Two maps (B, C, H, W) at the lower resolution of the two: the larger is average-pooled."""
+    """Both maps (B, C, H, W) at the lower of their two resolutions; the larger is average-pooled."""
     side = min(f_s.shape[2], f_t.shape[2])
     return tuple(f if f.shape[2] == side else F.adaptive_avg_pool2d(f, side) for f in (f_s, f_t))
 
 
 def margin(norm: nn.BatchNorm2d) -> Tensor:
-    """m (C, 1, 1) of a batch norm over C channels. What a residual block adds after it is ignored, as released."""
+    """m (C, 1, 1) of a batch norm over C channels. As released, the shortcut that a residual block adds after it is ignored."""
     beta, gamma = norm.bias.detach(), norm.weight.detach().abs()
     density = (-((beta / gamma) ** 2) / 2).exp() / math.sqrt(2 * math.pi)
     negative = torch.special.ndtr(-beta / gamma)  # the probability of a negative value
-    m = torch.where(negative > 0.001, beta - gamma * density / negative, -3 * gamma)  # -3 gamma where it is rare
+    m = torch.where(negative > 0.001, beta - gamma * density / negative, -3 * gamma)  # -3 gamma where that is rare
     return m[:, None, None]
 
 
 class PartialDistance(nn.Module):
-    """(1/B) sum (u - v)^2 [u > v or v > 0] of a stage; the connector is trained. `norm`: the teacher's, before the ReLU."""
+    """(1/B) sum (u - v)^2 [u > v or v > 0] of a stage, with a trained connector. `norm`: the teacher's pre-ReLU batch norm."""
 
     def __init__(self, c_s: int, norm: nn.BatchNorm2d):
         super().__init__()
@@ -87,7 +87,7 @@ class PartialDistance(nn.Module):
 
 
 class OFD(nn.Module):
-    """L_ofd of the stages' maps before their last ReLU, a list of (B, C, H, W) for each network."""
+    """L_ofd of two lists of maps (B, C, H, W), one list per network: each stage's map before its last ReLU."""
 
     def __init__(self, channels_s: list[int], norms: list[nn.BatchNorm2d]):
         super().__init__()
@@ -99,7 +99,7 @@ class OFD(nn.Module):
 
 
 def use_batch_statistics(net: nn.Module) -> None:
-    """Let the batch norms of a network in eval mode normalize by the batch, without a trace in their running statistics."""
+    """Make the batch norms of a network in eval mode use batch statistics without updating the running ones."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train()
@@ -107,7 +107,7 @@ def use_batch_statistics(net: nn.Module) -> None:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
     norms = stage_norms(teacher)

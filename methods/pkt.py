@@ -1,6 +1,6 @@
 """PKT: Learning Deep Representations with Probabilistic Knowledge Transfer. Passalis and Tefas, 2018, arXiv 1803.10837.
 
-Each image of a batch picks another as its neighbor, with a probability that grows with the similarity of their features. The
+Each image in a batch picks another as its neighbor, with a probability that grows with the similarity of their features. The
 student must pick with the teacher's probabilities. Only similarities are compared, so the feature sizes may differ.
 
     K_ij  = (1 + cos(f_i, f_j)) / 2                                   f: pooled features, the classifier's input
@@ -9,8 +9,8 @@ student must pick with the teacher's probabilities. Only similarities are compar
     KD    = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L     = ce_weight CE + kd_weight KD + pkt_weight L_pkt
 
-Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/PKT.py), the source of the published tables; L_pkt is also that of the
-authors' code, passalis/probabilistic_kt@a58fd1b. Published: resnet56/resnet20 70.34 (last epoch).
+Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/PKT.py), the source of the published tables; the authors' code,
+passalis/probabilistic_kt@a58fd1b, has the same L_pkt. Published: resnet56/resnet20 70.34 (last epoch).
 Differences
 - from the paper and the authors' code: they train the student on L_pkt alone, without CE.
 - from RepDistiller: none in the loss.
@@ -72,7 +72,7 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

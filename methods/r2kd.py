@@ -54,23 +54,23 @@ class Args(DistillArgs):
     ce_weight: float = 1.0
     """weight of the cross-entropy with the labels, on x only"""
     kd_weight: float = 0.0
-    """weight of the KD term; with the two weights below at 0 it shows what the augmentation does for plain KD"""
+    """weight of the KD term; with value_weight and rank_weight at 0, it shows what the augmentation does for plain KD"""
     kd_temperature: Positive = 4.0
-    """T, softmax temperature of all terms but the cross-entropy"""
+    """T, softmax temperature of all terms except the cross-entropy"""
     value_weight: float = 2.0
     """weight of the value term"""
     rank_weight: float = 2.0
     """weight of the rank term, which has no gradient unless --rank-temperature is above 0"""
     rank_temperature: NonNegative = 0.0
-    """softness of the ranks; 0 takes hard ranks as released, 0.1 is a start for soft ones"""
+    """softness of the ranks; 0 gives hard ranks, as released; 0.1 is a starting point for soft ones"""
     teacher_mix: Share = 0.7
     """weight of the teacher's logits; the pruned teacher's get the rest"""
     prune_rate: Share = 0.1
-    """share of each layer's weights, the smallest, that are 0 in the pruned teacher"""
+    """share of each layer's weights, the smallest ones, set to 0 in the pruned teacher"""
     pruned_bn: Literal["batch", "running"] = "batch"
     """statistics in the pruned teacher's batch norms: the batch's, as released, or the teacher's running ones"""
     augment: Literal["none", "mixup", "cutmix", "cutmixpick", "cutout", "autoaugment"] = "cutmix"
-    """what makes x' (cutmixpick: the 64 images of highest teacher entropy of two cutmix batches); none: there is no x'"""
+    """augmentation for x' (cutmixpick: the 64 images with the highest teacher entropy from two cutmix batches); none: no x'"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
@@ -86,7 +86,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def value_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
-    """L_value of logits (B, C). The released code takes |C|, which is C here: probabilities are positive."""
+    """L_value of logits (B, C). The released code uses |C|, which equals C here because probabilities are positive."""
     p_s, p_t = F.softmax(z_s / temperature, dim=1), F.softmax(z_t / temperature, dim=1)
     return temperature**2 * (1 - correlation(p_s, p_t).mean() + 1 - correlation(p_s.T, p_t.T).mean())
 
@@ -96,7 +96,7 @@ def ranks(z: Tensor, softness: float) -> Tensor:
     rank = 1 + z.argsort(1).argsort(1).to(z.dtype)  # hard: no gradient
     if softness > 0:
         rank = 0.5 + ((z[:, :, None] - z[:, None, :]) / softness).sigmoid().sum(2)
-    rank = rank / (z.shape[1] * (z.shape[1] + 1) / 2)  # counts only next to the 1e-8 of C
+    rank = rank / (z.shape[1] * (z.shape[1] + 1) / 2)  # matters only relative to the 1e-8 in C
     return rank - rank.mean(1, keepdim=True)
 
 
@@ -106,20 +106,20 @@ def rank_loss(z_s: Tensor, z_t: Tensor, softness: float) -> Tensor:
 
 
 def pruned(net: nn.Module, rate: float, bn: str) -> nn.Module:
-    """A copy of `net`, in eval mode, in which the share `rate` of each convolution's and linear layer's weights is 0."""
-    net = deepcopy(net).eval()  # the copy of a torchvision network comes in train mode
-    net = net.to(memory_format=torch.contiguous_format)  # torch.nn.utils.prune needs it
+    """A copy of `net`, in eval mode, with the share `rate` of each convolution's and linear layer's weights set to 0."""
+    net = deepcopy(net).eval()  # the copy of a torchvision network is in train mode
+    net = net.to(memory_format=torch.contiguous_format)  # torch.nn.utils.prune needs this
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             prune.l1_unstructured(module, "weight", rate)  # the smallest ones
-            prune.remove(module, "weight")  # makes the pruned weight an ordinary one
+            prune.remove(module, "weight")  # makes the pruned weight an ordinary parameter
         if isinstance(module, nn.BatchNorm2d) and bn == "batch":
-            module.running_mean = module.running_var = None  # without them, the batch's statistics count in eval mode too
+            module.running_mean = module.running_var = None  # without them, the batch's statistics are used in eval mode too
     return net.to(memory_format=torch.channels_last)
 
 
 def paste(x: Tensor, patch: Tensor, center: list[int], side: int) -> Tensor:
-    """x (B, C, H, H) with a square of `patch`, `side` wide and in the same place for all images, less what lies outside."""
+    """x (B, C, H, H) with a square of `patch`, `side` wide and in the same place for all images, clipped at the edges."""
     rows, columns = (slice(max(c - side // 2, 0), c + side // 2) for c in center)
     pasted = x.clone()
     pasted[:, :, rows, columns] = patch[:, :, rows, columns]
@@ -151,7 +151,7 @@ def augment(kind: str, x: Tensor, dataset: str, train, teacher: nn.Module) -> Te
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
     teacher_pruned = pruned(teacher, args.prune_rate, args.pruned_bn)  # frozen too

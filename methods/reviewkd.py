@@ -1,21 +1,21 @@
 """ReviewKD: Distilling Knowledge via Knowledge Review. Chen, Liu, Zhao and Jia, 2021, arXiv 2104.09044.
 
-A stage of the teacher teaches that stage of the student together with all deeper ones: from deep to shallow, a fusion block
-mixes the student's map with what the deeper block passes on. Maps are compared at several resolutions.
+Each teacher stage supervises the same stage of the student combined with all deeper ones: from deep to shallow, a fusion block
+mixes the student's map with the output of the next deeper block. Maps are compared at several resolutions.
 
-    x_k  = batch norm of a 1x1 convolution of f_s,k           f_s: the student's maps of stages 1 ... n, pooled features as n + 1
-    r_k  = a x_k + b up(r_k+1),   r_n+1 = x_n+1               a, b: per position, sigmoid of a 1x1 convolution of both
-    g_k  = batch norm of a 3x3 convolution of up(r_k)         up: nearest neighbor, here to the side of f_t,k
-    d_k  = sum_p w_p MSE(p(g_k), p(f_t,k)) / sum_p w_p        f_t: the same of the teacher, but before the stages' last ReLU
-    L_review = sum_k d_k                                      p: none, pooling to 4x4, 2x2, 1x1;   w = 1, 1/2, 1/4, 1/8
+    x_k  = batch norm of a 1x1 convolution of f_s,k           f_s: the student's maps of stages 1 ... n; n + 1: pooled features
+    r_k  = a x_k + b up(r_k+1),   r_n+1 = x_n+1               a, b: sigmoid of a 1x1 convolution of both, one per position
+    g_k  = batch norm of a 3x3 convolution of up(r_k)         up: nearest-neighbor resizing, here to the size of f_t,k
+    d_k  = sum_p w_p MSE(p(g_k), p(f_t,k)) / sum_p w_p        f_t: the same for the teacher, but before each stage's last ReLU
+    L_review = sum_k d_k                                      p: identity, pooling to 4x4, 2x2, 1x1;   w = 1, 1/2, 1/4, 1/8
     L    = ce_weight CE + review_weight min(epoch / warmup_epochs, 1) L_review
 
-Taken from megvii-research/mdistiller@a08d46f; the loss is that of the authors' dvlab-research/ReviewKD@cede6ea.
-Published: resnet56/resnet20 71.89 (README of roymiles/ITRD@5d08c6b), 71.79 in DevPranjal/reproduction-review-kd@2b9c4a9.
+Taken from megvii-research/mdistiller@a08d46f; the authors' dvlab-research/ReviewKD@cede6ea has the same loss.
+Published: resnet56/resnet20 71.89 (README of roymiles/ITRD@5d08c6b), 71.79 (DevPranjal/reproduction-review-kd@2b9c4a9).
 Differences
 - from the paper: checked against the abstract only.
-- from the authors' code: it has batches of 128, lr 0.1 and Nesterov, a warm-up from 0, and a teacher in training mode.
-- from both: shapes are read off the networks, so any pair with equally many stages works; runs are seeded.
+- from the authors' code: it uses batch size 128, lr 0.1 with Nesterov momentum, a warm-up from 0, and a teacher in training mode.
+- from both: shapes are read from the networks, so any pair with the same number of stages works; runs are seeded.
 """
 
 import sys
@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import DistillArgs, PositiveInt, Run, accuracy, build, cuda_graph, fail, feature_shapes, load_data, load_teacher
 
-REVIEW_WEIGHT = {  # (teacher, student): review_weight, from the authors' CIFAR-100/script/reviewKD.sh where nothing else is said
+REVIEW_WEIGHT = {  # (teacher, student): review_weight, from the authors' CIFAR-100/script/reviewKD.sh unless noted
     ("wrn_40_2", "wrn_16_2"): 5.0,
     ("wrn_40_2", "wrn_40_1"): 5.0,
     ("wrn_40_2", "shufflenetv1"): 5.0,
@@ -44,7 +44,7 @@ REVIEW_WEIGHT = {  # (teacher, student): review_weight, from the authors' CIFAR-
     ("resnet110", "resnet20"): 1.0,  # ours
     ("vgg13", "vgg8"): 5.0,  # source unknown
     ("vgg13", "mobilenetv2"): 8.0,  # ours
-    ("resnet50", "mobilenetv2"): 30.0,  # issue 39 of mdistiller; about 7 gives 63.5 to 66.8 there
+    ("resnet50", "mobilenetv2"): 30.0,  # mdistiller issue 39, which reports 63.5 to 66.8 for about 7
     ("resnet50", "vgg8"): 5.0,  # ours
 }
 
@@ -62,9 +62,9 @@ class Args(DistillArgs):
     ce_weight: float = 1.0
     """weight of the cross-entropy with the labels"""
     review_weight: float | None = None
-    """weight of the review term; by default the pair's in REVIEW_WEIGHT, or 1"""
+    """weight of the review term; by default the pair's value in REVIEW_WEIGHT, or 1 if it has none"""
     warmup_epochs: PositiveInt = 20
-    """epochs in which the weight of the review term rises to its full value; 1 for none"""
+    """epochs over which the weight of the review term rises to its full value; 1 for no warm-up"""
 
 
 class Fusion(nn.Module):
@@ -86,12 +86,12 @@ class Fusion(nn.Module):
             a, b = self.attention(torch.cat([r, deeper], dim=1)).sigmoid().split(1, dim=1)
             r = a * r + b * deeper
         if r.shape[2] != self.side_t:
-            r = F.interpolate(r, self.side_t, mode="nearest")  # before it is passed on, too
+            r = F.interpolate(r, self.side_t, mode="nearest")  # the next block gets the resized map, too
         return r, self.leave(r)
 
 
 def context_distance(g: Tensor, f_t: Tensor) -> Tensor:
-    """d of two maps (B, C, H, W). A pooling that is not smaller than the map is left out, and the next one takes its weight."""
+    """d of two maps (B, C, H, W). Pooling sizes not smaller than the map are skipped; the next one gets the skipped weight."""
     total, weights = F.mse_loss(g, f_t), [1.0]
     for side in (4, 2, 1):
         if side < g.shape[2]:
@@ -101,7 +101,7 @@ def context_distance(g: Tensor, f_t: Tensor) -> Tensor:
 
 
 class ReviewKD(nn.Module):
-    """L_review of maps (B, C, H, W) from shallow to deep, the pooled features last as a 1x1 map; shapes are their (C, H, W)."""
+    """L_review of maps (B, C, H, W) from shallow to deep, with the pooled features last as a 1x1 map; shapes: their (C, H, W)."""
 
     def __init__(self, shapes_s: list[tuple[int, int, int]], shapes_t: list[tuple[int, int, int]], max_width: int = 512):
         super().__init__()
@@ -120,7 +120,7 @@ class ReviewKD(nn.Module):
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

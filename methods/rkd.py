@@ -1,6 +1,6 @@
 """RKD: Relational Knowledge Distillation. Park, Kim, Lu and Cho, 2019, arXiv 1904.05068.
 
-The student need not place an image where the teacher does, but the images of a batch must form the same figure: equal distances
+The student need not place an image where the teacher does, but the images of a batch must form the same shape: equal distances
 between pairs, up to a common scale, and equal angles within triplets.
 
     D_ij   = |f_i - f_j| / mean over pairs of |f_i - f_j|           f: pooled features, the classifier's input
@@ -14,8 +14,8 @@ Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/RKD.py), the source of
 lenscloth/RKD@0a6c3c0, has the same terms with weights 1 and 2 for metric learning.
 Published: resnet56/resnet20 69.61 (last epoch).
 Differences
-- from the paper: the means run over all B^2 and B^3 entries, including those that repeat an image and are always equal.
-- from the code: none in value; distances and angles share one tensor of differences.
+- from the paper: the means run over all B^2 and B^3 entries, including those that repeat an image and thus always agree.
+- from the code: same values; distances and angles share one tensor of differences.
 """
 
 import sys
@@ -50,9 +50,9 @@ class Args(DistillArgs):
     kd_temperature: Positive = 4.0
     """softmax temperature of the KD term"""
     distance_weight: float = 25.0
-    """weight of the distances"""
+    """weight of the distance term"""
     angle_weight: float = 50.0
-    """weight of the angles"""
+    """weight of the angle term"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
@@ -80,7 +80,7 @@ def rkd_losses(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

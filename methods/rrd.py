@@ -1,22 +1,23 @@
 """RRD: Relational Representation Distillation. Giakoumoglou and Stathaki, 2024, arXiv 2407.12073.
 
-A queue keeps the teacher's vectors of the last images. How similar a new image is to each of them, as a distribution over the
-queue, must be the same for student and teacher. No image is singled out as positive, so similar ones need not be pushed apart.
+A queue holds the teacher's vectors of the most recent images. Each network's similarities between a new image and the queue form
+a distribution, and the student's must match the teacher's. No image is singled out as the positive, so similar images need not
+be pushed apart.
 
-    e_s, e_t = normalize(W_s f_s), normalize(W_t f_t)       f: pooled features; W_s is learned, W_t stays as drawn
+    e_s, e_t = normalize(W_s f_s), normalize(W_t f_t)       f: pooled features; W_s is learned, W_t is random and fixed
     P_ij     = softmax_j(<e_t_i, q_j> / temperature_t)      q: the queue
     S_ij     = softmax_j(<e_s_i, q_j> / temperature_s)
-    L_rrd    = -mean_i sum_j P_ij log S_ij                  then the batch's e_t replace the oldest q
+    L_rrd    = -mean_i sum_j P_ij log S_ij                  afterwards, the batch's e_t replace the oldest q
     KD       = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L        = ce_weight CE + kd_weight KD + rrd_weight L_rrd
 
-Taken from the authors' code of 2024, giakoumoglou/distillers@72aa7d7. Published: resnet56/resnet20 70.71, with KD 72.19 (README
-of September 2024). Their code of 2025, giakoumoglou/rrd@83cefda, which comes without CIFAR-100 numbers, contradicts it: the batch
-enters the queue first, so that an image's own vector is among the q, and the teacher's distribution is the sharper one:
+Taken from the authors' 2024 code, giakoumoglou/distillers@72aa7d7. Published: resnet56/resnet20 70.71, with KD 72.19 (README of
+September 2024). Their 2025 code, giakoumoglou/rrd@83cefda, has no CIFAR-100 numbers and does the opposite: the batch enters the
+queue first, so an image's own vector is among the q, and the teacher's distribution is the sharper one. To run that version:
     python methods/rrd.py --enqueue-first --temperature-s 0.1 --temperature-t 0.02
 Differences
 - from the paper: checked against the abstract only.
-- from the code: the incomplete last batch of an epoch is kept; the queue takes any batch, not only one that divides its length.
+- from the code: the incomplete last batch of an epoch is kept; the queue accepts any batch size, not only divisors of its length.
 """
 
 import sys
@@ -57,9 +58,9 @@ class Args(DistillArgs):
     temperature_t: Positive = 0.1
     """temperature of the teacher's similarities"""
     queue_size: PositiveInt = 16384
-    """teacher vectors in the queue"""
+    """number of teacher vectors in the queue"""
     enqueue_first: bool = False
-    """put the batch into the queue before the distributions are computed, as in 2025, not after"""
+    """add the batch to the queue before the distributions are computed, as in the 2025 code, instead of after"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
@@ -72,7 +73,7 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 class RRD(nn.Module):
     """L_rrd of pooled features f_s (B, dim_s) and f_t (B, dim_t), and the entropy of P, below which L_rrd cannot fall.
 
-    The queue is a buffer, so that checkpoints hold it.
+    The queue is a buffer so that checkpoints include it.
     """
 
     def __init__(
@@ -81,9 +82,9 @@ class RRD(nn.Module):
         super().__init__()
         self.project_s = nn.Linear(dim_s, dim)  # W_s
         self.project_t = nn.Linear(dim_t, dim).requires_grad_(False)  # W_t: random and fixed; as released, it gets no gradient
-        # Normalized along the wrong axis, as released: norms are about 0.09 until the first batches have replaced the vectors.
+        # Normalized along the wrong axis, as released: norms are about 0.09 until the first batches have replaced all vectors.
         self.register_buffer("queue", F.normalize(torch.randn(size, dim), dim=0))  # q
-        self.register_buffer("oldest", torch.tensor(0))  # a tensor: a CUDA graph would freeze a Python number
+        self.register_buffer("oldest", torch.tensor(0))  # a tensor, since a CUDA graph would freeze a Python number
         self.temperature_s, self.temperature_t, self.enqueue_first = temperature_s, temperature_t, enqueue_first
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,15 +103,15 @@ class RRD(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, e_t: Tensor) -> None:
-        """Replace the oldest vectors by e_t (B, dim)."""
-        e_t = e_t[-len(self.queue) :]  # a batch that is larger than the queue leaves its last vectors
+        """Replace the oldest vectors with e_t (B, dim)."""
+        e_t = e_t[-len(self.queue) :]  # if the batch is larger than the queue, only its last vectors are kept
         places = (self.oldest + torch.arange(len(e_t), device=e_t.device)) % len(self.queue)
         self.queue[places] = e_t
         self.oldest.copy_((self.oldest + len(e_t)) % len(self.queue))
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

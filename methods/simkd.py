@@ -2,18 +2,18 @@
 arXiv 2203.14001.
 
 The student needs no classifier of its own: a projector learns to turn its last map into the teacher's, and the teacher's
-classifier takes it from there. Neither labels nor logits are used. Projector and classifier stay at inference.
+classifier takes it from there. Training uses neither labels nor logits. Projector and classifier are kept at inference.
 
-    g = P3(P2(P1(f_s)))                 P: relu of batch norm of a convolution, 1x1, 3x3, 1x1
+    g = P3(P2(P1(f_s)))                 P1, P2, P3: 1x1, 3x3, 1x1 convolution, each followed by batch norm and ReLU
     z = W_t mean(g) + b_t               f_s: the map of the student's last stage;   mean: over positions
-    L = MSE(g, f_t)                     f_t: the map that is pooled into the teacher's classifier W_t, b_t
+    L = MSE(g, f_t)                     f_t: the teacher's map that is pooled for its classifier W_t, b_t
 
-Taken from DefangChen/SimKD@2b389c3. Published: resnet32x4/resnet8x4 78.08, with factor 4 77.88, with factor 8 76.73 (its README).
+Taken from DefangChen/SimKD@2b389c3. Published: resnet32x4/resnet8x4 78.08, 77.88 at --factor 4, 76.73 at --factor 8 (its README).
 Differences
 - from the paper: checked against the abstract only.
-- from the code: f_t is what the classifier is fed with for every teacher. Of a wrn, the code takes the map before the last
-  batch norm and ReLU, whose negative values a projector that ends in a ReLU cannot reach.
-- ours: layers behind the student's last stage, its classifier among them, are unused but counted in the parameters.
+- from the code: f_t is the map that is pooled, for every teacher. For a wrn, the code uses the map before the last batch norm
+  and ReLU; it has negative values, which a projector ending in a ReLU cannot produce.
+- ours: layers after the student's last stage, including its classifier, are unused but included in the parameter count.
 """
 
 import copy
@@ -43,11 +43,11 @@ class Args(DistillArgs):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     factor: PositiveInt = 2
-    """how many times narrower than the teacher's last map the projector is inside"""
+    """the projector's hidden layers have this many times fewer channels than the teacher's last map"""
 
 
 class SimKD(nn.Module):
-    """What is deployed: student, projector and a copy of the teacher's frozen classifier. Side of a map: its height and width."""
+    """The deployed model: student, projector and a frozen copy of the teacher's classifier. `side_t`: height and width of f_t."""
 
     def __init__(self, student: nn.Module, c_s: int, side_t: int, classifier_t: nn.Linear, factor: int):
         super().__init__()
@@ -61,7 +61,7 @@ class SimKD(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, tuple]:
-        """z (B, classes) and the student's features, with g as `last`, of images x (B, 3, H, W)."""
+        """For images x (B, 3, H, W): z (B, classes) and the student's features, with g as `last`."""
         _, features = self.student(x)
         f_s = features.maps[-1]
         if f_s.shape[2] > self.side_t:
@@ -72,13 +72,13 @@ class SimKD(nn.Module):
 
 
 def same_side(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, ...]:
-    """Two maps (B, C, H, W) at the lower resolution of the two: the larger is average-pooled."""
+    """Both maps (B, C, H, W) at the lower of their two resolutions; the larger is average-pooled."""
     side = min(f_s.shape[2], f_t.shape[2])
     return tuple(f if f.shape[2] == side else F.adaptive_avg_pool2d(f, side) for f in (f_s, f_t))
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

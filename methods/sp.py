@@ -1,6 +1,6 @@
 """SP: Similarity-Preserving Knowledge Distillation. Tung and Mori, 2019, arXiv 1907.09682.
 
-Two images that cause similar activations in the teacher must do so in the student. The loss compares B x B matrices of
+Two images that cause similar activations in the teacher must do so in the student too. The loss compares B x B matrices of
 similarities within the batch, so the maps may differ in channels and resolution.
 
     G(f) = A A^T with each row divided by its norm       A: the last stage's map, flattened to B rows of C H W numbers
@@ -69,7 +69,7 @@ def sp_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

@@ -1,8 +1,8 @@
 """SRRL: Knowledge Distillation via Softmax Regression Representation Learning. Yang, Martinez, Bulat and Tzimiropoulos,
 ICLR 2021, arXiv: none.
 
-A connector turns the student's features into ones of the teacher's width. They have to equal the teacher's features, and the
-teacher's own classifier, which stays frozen, has to give the teacher's logits when it is fed with them.
+A connector maps the student's features to the teacher's width. The result has to match the teacher's features, and the teacher's
+own frozen classifier has to produce the teacher's logits from it.
 
     c         = relu(batch norm of a 1x1 convolution of f_s)     f: pooled features, the classifier's input
     L_feature = MSE(c, f_t)
@@ -10,13 +10,13 @@ teacher's own classifier, which stays frozen, has to give the teacher's logits w
     KD        = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L         = ce_weight CE + kd_weight KD + srrl_weight (L_feature + L_logit)
 
-The CIFAR variant of DefangChen/SimKD@2b389c3, the only one with published CIFAR-100 numbers. Published: resnet32x4/resnet8x4
-75.39 (its README; KD 74.42 with the same weights). The authors' jingyang2017/KD_SRRL@d2e802f, for ImageNet only, connects the
-last maps and then averages, without KD: --connect map --kd-weight 0.
+This is the CIFAR variant in DefangChen/SimKD@2b389c3, the only one with published CIFAR-100 numbers. Published:
+resnet32x4/resnet8x4 75.39 (its README; KD 74.42 with the same weights). The authors' code, jingyang2017/KD_SRRL@d2e802f, is for
+ImageNet only. It applies the connector to the last map, then averages, and has no KD term: --connect map --kd-weight 0.
 Differences
 - from the paper: checked against the abstract only.
-- from SimKD's code: none in the loss; other code weights CE and KD by 0.1 and 0.9 (zhengli97/CTKD).
-- from the authors' code: they initialize the connector with N(0, 2 / width), here it has PyTorch's default.
+- from SimKD's code: none in the loss; zhengli97/CTKD weights CE and KD by 0.1 and 0.9 instead.
+- from the authors' code: it initializes the connector from N(0, 2 / width); here it has PyTorch's default.
 """
 
 import sys
@@ -54,7 +54,7 @@ class Args(DistillArgs):
     srrl_weight: float = 1.0
     """weight of the SRRL term"""
     connect: Literal["pooled", "map"] = "pooled"
-    """what the connector takes: pooled features, or the map they are pooled from; then c is the mean over positions"""
+    """input of the connector: the pooled features, or the map they are pooled from, in which case c is the mean over positions"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
@@ -65,7 +65,7 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 
 
 class SRRL(nn.Module):
-    """L_feature and L_logit; the connector is trained."""
+    """L_feature and L_logit, with a trained connector."""
 
     def __init__(self, dim_s: int, dim_t: int):
         super().__init__()
@@ -79,7 +79,7 @@ class SRRL(nn.Module):
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
     classifier_t = classifier(teacher)

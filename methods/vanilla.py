@@ -1,4 +1,4 @@
-"""Vanilla: a network trained with cross-entropy alone, the teacher and the baseline of every method. arXiv: none.
+"""Vanilla: training with cross-entropy alone, for teachers and for the baseline of every method. arXiv: none.
 
     L = CE
 
@@ -34,7 +34,7 @@ class Args(RunArgs):
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
 
     torch.manual_seed(args.seed)  # the same initial student for every method

@@ -1,6 +1,6 @@
 """VID: Variational Information Distillation for Knowledge Transfer. Ahn, Hu, Damianou, Lawrence and Dai, 2019, arXiv 1904.05835.
 
-The student should share as much information as possible with the teacher's maps. A lower bound of this mutual information is
+The student should share as much information as possible with the teacher's maps. A lower bound on this mutual information is
 the log-likelihood of the teacher's map under a Gaussian whose mean is predicted from the student's map. Its variance, one per
 channel, is learned, so channels that the student cannot predict cost little.
 
@@ -10,13 +10,13 @@ channel, is learned, so channels that the student cannot predict cost little.
     KD        = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L         = ce_weight CE + kd_weight KD + vid_weight L_vid
 
-The mean is over batch, channels and positions. L_vid can be negative, through the logarithm.
+The mean is over batch, channels and positions. L_vid can be negative because of the logarithm.
 Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/VID.py), the source of the published tables.
 In megvii-research/mdistiller@a08d46f alpha is not trained, so each stage's term stays 0.1 MSE + 0.805.
 Published: resnet56/resnet20 70.38 (last epoch).
 Differences
-- from the paper: it sums over channels and positions, so its weights have another scale.
-- from the code: none in value; softplus replaces log(1 + exp(alpha)), which overflows for a large alpha.
+- from the paper: it sums over channels and positions, so its weights have a different scale.
+- from the code: same values; softplus replaces log(1 + exp(alpha)), which overflows for a large alpha.
 """
 
 import math
@@ -63,7 +63,7 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 
 
 def same_side(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, ...]:
-    """Two maps (B, C, H, W) at the lower resolution of the two: the larger is average-pooled."""
+    """Both maps (B, C, H, W) at the lower of their two resolutions; the larger is average-pooled."""
     side = min(f_s.shape[2], f_t.shape[2])
     return tuple(f if f.shape[2] == side else F.adaptive_avg_pool2d(f, side) for f in (f_s, f_t))
 
@@ -98,7 +98,7 @@ class VID(nn.Module):
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

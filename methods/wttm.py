@@ -1,20 +1,20 @@
 """WTTM and TTM: Knowledge Distillation Based on Transformed Teacher Matching. Zheng and Yang, 2024, arXiv 2402.11148.
 
-KD without the temperature on the student's side: it matches the teacher's probabilities raised to a power gamma, which softens
-them as T = 1 / gamma would. Dropping the student's temperature adds a Renyi entropy to the objective, so it smooths the student.
+KD without the student's temperature: the student matches the teacher's probabilities raised to a power gamma, which softens
+them as T = 1 / gamma would. Dropping the student's temperature adds a Renyi entropy to the objective, which smooths the student.
 WTTM also weights each image by U, which is large where the teacher is unsure.
 
     p  = softmax(z)
-    U  = sum_c p_t,c^gamma          from 1, sure of one class, to C^(1 - gamma)
+    U  = sum_c p_t,c^gamma          from 1 (sure of one class) to C^(1 - gamma)
     q  = p_t^gamma / U              = softmax(gamma z_t)
     L  = ce_weight CE + ttm_weight mean_i U_i KL(q_i || p_s,i)          --loss wttm
     L  = ce_weight CE + ttm_weight mean_i KL(q_i || p_s,i)              --loss ttm
 
 Taken from the authors' code, zkxufo/TTM@fe457b3. Published: resnet56/resnet20 71.92 (WTTM) and 71.83 (TTM), with gamma and weight
-tuned for each pair and unknown here; the defaults are its README's examples for vgg13/vgg8 (that of WTTM is WTTM+CRD).
+tuned for each pair, to values unknown to us; the defaults are its README's examples for vgg13/vgg8 (for WTTM, that of WTTM+CRD).
 Differences
 - from the paper: checked against the abstract only.
-- from the code: U and q are computed as logarithms, where theirs loses the classes with logits 103 below the largest.
+- from the code: U and q are computed as logarithms; the code loses classes whose logits are 103 below the largest.
 
     python methods/wttm.py --loss ttm      # TTM
 """
@@ -54,7 +54,7 @@ class Args(DistillArgs):
     ttm_weight: float | None = None
     """weight of the TTM term; by default 4 for wttm, 45 for ttm"""
     gamma: Positive | None = None
-    """power of the teacher's probabilities; by default 0.2 for wttm, 0.1 for ttm"""
+    """exponent of the teacher's probabilities; by default 0.2 for wttm, 0.1 for ttm"""
 
 
 def ttm_loss(z_s: Tensor, z_t: Tensor, gamma: float, weighted: bool) -> Tensor:
@@ -66,7 +66,7 @@ def ttm_loss(z_s: Tensor, z_t: Tensor, gamma: float, weighted: bool) -> Tensor:
 
 
 def main(args: Args) -> float:
-    run = Run(__file__, args)  # exits here, printing the result, if this run is already finished
+    run = Run(__file__, args)  # prints the result and exits if this run is already finished
     train, test = load_data(args)
     teacher = load_teacher(run, test)  # frozen, in eval mode
 

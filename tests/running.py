@@ -1,5 +1,6 @@
 """A method run as a user types it, in a process of its own or in this one, or its `main` alone on a few images."""
 
+import contextlib
 import functools
 import json
 import os
@@ -7,11 +8,13 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from golden import ROOT, load
 from torch import Tensor, nn
@@ -19,8 +22,14 @@ from torch import Tensor, nn
 import common
 
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py"))
+every_method = pytest.mark.parametrize("method", METHODS)
 SHARED = ROOT.parent / "shared"
 FULL = common.DATASETS["synthetic"](Path(), None)
+
+
+def only_quickly(*chosen: str) -> Any:
+    """All methods; those not chosen are slow."""
+    return pytest.mark.parametrize("method", [m if m in chosen else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 
 
 def flags_of(method: str) -> set[str]:
@@ -81,6 +90,22 @@ class Script:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return Outcome(code, *self.capfd.readouterr())
+
+    @contextlib.contextmanager
+    def dying(self, after: int | None = None) -> Iterator[list[str]]:
+        """Within it, a process ends right after any checkpoint, or that of epoch `after`; gives the names written so far."""
+        write, written = common.write_checkpoint, []
+
+        def write_and_die(path, state):
+            write(path, state)
+            written.append(path.name)
+            if after in (None, len(state["rows"])):
+                raise Killed
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(common, "SAVE_EVERY", 0)
+            patch.setattr(common, "write_checkpoint", write_and_die)
+            yield written
 
     def at_epoch(self, n: int, action: Any) -> Any:
         """Four epochs of vanilla.py; at the end of the n-th, before it is logged, `action` is called."""
@@ -154,9 +179,9 @@ def untrained(name: str, classes: int) -> nn.Module:
 class Drive:
     """`main` of a method run in this process on a few images, with the teacher untrained and no run folder.
 
-    Afterwards: `student` (what was deployed), `teacher`, `trained` (the module of the last phase), `phases` {name: trained},
-    `before` and `after` (state dicts of `trained` of each phase around its epochs), `teacher_before`, `args`, `optimizer`,
-    `schedulers` {phase: scheduler}, `result`, and `rows`, one (epoch, train means by name, test, more) for each epoch.
+    Afterwards: `student` (what was deployed), `teacher`, `teacher_before`, `trained` (the module of the last phase), `args`,
+    `optimizer`, `result`; by phase `phases` (trained), `before` and `after` (its state dicts around the epochs), `schedulers`,
+    `rates` (of each epoch); `rows`, one (epoch, train means by name, test, more) for each epoch.
     `before_step(n)` is called before the n-th training step.
     """
 
@@ -165,6 +190,7 @@ class Drive:
         drive = self
         self.module, self.rows, self.phases, self.before, self.after, self.steps = module, [], {}, {}, {}, 0
         self.schedulers: dict[str, Any] = {}
+        self.rates: dict[str, list[float]] = {}
 
         class FakeRun:
             def __init__(self, script: str, args: Any):
@@ -173,7 +199,7 @@ class Drive:
 
             def epochs(self, total: int, trained: nn.ModuleDict, optimizer: Any, scheduler: Any, phase: str = ""):
                 drive.trained = drive.phases[phase] = trained
-                drive.optimizer, drive.schedulers[phase] = optimizer, scheduler
+                drive.optimizer, drive.schedulers[phase], drive.rates[phase], self.phase = optimizer, scheduler, [], phase
                 drive.before[phase] = snapshot(trained)
                 yield from range(1, total + 1)
                 drive.after[phase] = snapshot(trained)
@@ -184,6 +210,7 @@ class Drive:
             def log(self, epoch: int, train: dict[str, float], test: float | None = None, **more: Any) -> None:
                 more = {name: torch.as_tensor(value).item() for name, value in more.items()}
                 drive.rows.append((epoch, train, test, more))
+                drive.rates[self.phase].append(drive.optimizer.param_groups[0]["lr"])
 
             def finish(self, deployed: nn.Module, teacher: nn.Module | None = None) -> float:
                 drive.student = deployed

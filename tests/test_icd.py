@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from harness import LOSSES, Case, load
+from golden import CASES, Case, load
 
 icd = load("icd")
 NAMES = {
@@ -15,10 +15,10 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name, case in LOSSES.items() if case["method"] == "ICD"])
+@pytest.mark.parametrize("name", [name for name, (case, _) in CASES.items() if case["method"] == "ICD"])
 def test_golden(name):
     case = Case(name)
-    loss = icd.ICD(16, 12, alpha=case.hyper["alpha"], width=8, max_scale=case.hyper["max_scale"])
+    loss = icd.ICD(16, 12, case.hyper["alpha"], init_tau=0.0, dim=8, max_scale=case.hyper["max_scale"])
     case.fill(loss, NAMES)
     no_gradient = ("params.b", "params.tau") if name == "icd_tau_beyond_clamp" else ("params.b",)
     case.check(loss(case["f_s"], case["f_t"]), no_gradient)
@@ -27,7 +27,7 @@ def test_golden(name):
 @pytest.mark.parametrize("batch", [2, 3, 8, 16])
 def test_slow_formula(batch):
     torch.manual_seed(batch)
-    loss, f_s, f_t = icd.ICD(5, 7, width=4).double(), torch.randn(batch, 5).double(), torch.randn(batch, 7).double()
+    loss, f_s, f_t = icd.ICD(5, 7, 0.5, 1.0, dim=4).double(), torch.randn(batch, 5).double(), torch.randn(batch, 7).double()
     with torch.no_grad():
         a = [v / v.norm() for v in loss.project_s(f_s)]
         b = [v / v.norm() for v in loss.project_t(f_t)]
@@ -43,19 +43,18 @@ def test_slow_formula(batch):
 
 def test_same_vectors_on_both_sides_leave_only_the_contrast():
     torch.manual_seed(0)
-    loss, f = icd.ICD(5, 5, alpha=100.0, width=4), torch.randn(6, 5)
-    loss.project_t.load_state_dict(loss.project_s.state_dict())
-    assert loss(f, f).item() == pytest.approx(icd.ICD.forward(set_alpha(loss, 0.0), f, f).item(), abs=1e-5)
-
-
-def set_alpha(loss, alpha):
-    loss.alpha = alpha
-    return loss
+    f, losses = torch.randn(6, 5), []
+    for alpha in 0.0, 100.0:
+        torch.manual_seed(0)
+        loss = icd.ICD(5, 5, alpha, 1.0, dim=4)
+        loss.project_t.load_state_dict(loss.project_s.state_dict())
+        losses.append(loss(f, f).item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_bias_changes_nothing():
     torch.manual_seed(0)
-    loss, f_s, f_t = icd.ICD(5, 7).double(), torch.randn(6, 5).double(), torch.randn(6, 7).double()
+    loss, f_s, f_t = icd.ICD(5, 7, 0.5, 1.0).double(), torch.randn(6, 5).double(), torch.randn(6, 7).double()
     values = []
     for bias in (0.0, 7.0):
         loss.bias.data.fill_(bias)
@@ -66,14 +65,14 @@ def test_bias_changes_nothing():
 @pytest.mark.parametrize(("tau", "scale", "learns"), [(1.0, math.e, True), (0.0, 1.0, True), (3.0, 10.0, False)])
 def test_scale_and_its_clamp(tau, scale, learns):
     torch.manual_seed(0)
-    loss = icd.ICD(5, 7, init_tau=tau)
+    loss = icd.ICD(5, 7, 0.5, tau)
     assert loss.scale().item() == pytest.approx(scale)
     loss(torch.randn(6, 5), torch.randn(6, 7)).backward()
     assert (loss.tau.grad.item() != 0) == learns
 
 
 def test_finite_for_identical_rows_at_the_largest_scale():
-    loss = icd.ICD(5, 7, init_tau=5.0)
+    loss = icd.ICD(5, 7, 0.5, 5.0)
     value = loss(torch.ones(4, 5), torch.ones(4, 7))
     value.backward()
     assert value.item() == pytest.approx(math.log(4), rel=1e-5)
@@ -82,4 +81,4 @@ def test_finite_for_identical_rows_at_the_largest_scale():
 
 def test_extra_parameters():
     for d_s, d_t, extra in (256, 256, 65_794), (64, 64, 16_642), (64, 128, 24_834), (1280, 2048, 426_242):
-        assert sum(p.numel() for p in icd.ICD(d_s, d_t).parameters()) == extra
+        assert sum(p.numel() for p in icd.ICD(d_s, d_t, 0.5, 1.0).parameters()) == extra

@@ -1,4 +1,4 @@
-"""The 22 networks against the published implementation's numbers, and what every network must do."""
+"""The 22 networks against the published implementation's numbers, torchvision's networks, and what every network must do."""
 
 import copy
 import json
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import GOLDEN, common, same, snapshot
+import torchvision
+from golden import GOLDEN, load
+from running import common, same, snapshot
 from torch import nn
 
 MODELS = json.loads((GOLDEN / "models.json").read_text())["networks"]
@@ -15,11 +17,8 @@ ARRAYS = np.load(GOLDEN / "models.npz")
 OURS = {"ResNet50": "resnet50", "MobileNetV2": "mobilenetv2", "ShuffleV1": "shufflenetv1", "ShuffleV2": "shufflenetv2"}
 for model in MODELS:
     model["own_name"] = OURS.get(model["name"], model["name"])
-TRAINED = [model for model in MODELS if "train" in model]
-
-
-def name_of(model):
-    return model["own_name"]
+every_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model["own_name"])
+FAMILIES = ["resnet8x4", "resnet50", "wrn_16_2", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
 
 
 def images(n):
@@ -32,10 +31,9 @@ def images(n):
 def golden_net(model):
     """The network in float64 with the weights of the golden rule."""
     net = common.build(model["own_name"], 100).double()
-    i = 0
-    for name, value in net.state_dict().items():
-        if not value.is_floating_point():
-            continue
+    values = [(name, value) for name, value in net.state_dict().items() if value.is_floating_point()]
+    assert len(values) == model["n_float_tensors"]
+    for i, (name, value) in enumerate(values):
         k = torch.arange(value.numel())
         u = ((7 * k * k + (2 * i + 3) * k + 11 * i) % 10007).double() / 10007 - 0.5
         if value.dim() >= 2:
@@ -47,8 +45,6 @@ def golden_net(model):
         else:
             u = 0.2 * u
         value.copy_(u.reshape(value.shape))
-        i += 1
-    assert i == model["n_float_tensors"]
     return net
 
 
@@ -62,15 +58,11 @@ def matches(tensor, golden):
     return close(probe, golden["probe"]) and close(torch.stack(moments), [golden[key] for key in ("mean", "std", "min", "max")])
 
 
-def test_all_22_are_here():
-    assert sorted(map(name_of, MODELS)) == sorted(common.NETWORKS)
-
-
-@pytest.mark.parametrize("model", MODELS, ids=name_of)
+@every_model
 def test_golden(model):
     net = golden_net(model).eval()
     assert [[name, list(value.shape)] for name, value in net.state_dict().items()] == model["state_dict"]
-    assert sum(p.numel() for p in net.parameters()) == model["params"]
+    assert common.count(net) == model["params"]
     with torch.no_grad():
         logits, f = net(images(2))
     assert close(logits, ARRAYS[model["logits"]])
@@ -80,11 +72,33 @@ def test_golden(model):
         for place, (tensor, entry) in enumerate(zip(own, golden)):
             assert matches(tensor, entry), place
     assert torch.allclose(f.last.mean((2, 3)), f.pooled, rtol=1e-12, atol=1e-12)
-    *_, weight, bias = net.parameters()
-    assert torch.allclose(f.pooled @ weight.T + bias, logits, rtol=1e-9, atol=1e-9)
+    head = common.classifier(net)
+    assert torch.allclose(f.pooled @ head.weight.T + head.bias, logits, rtol=1e-9, atol=1e-9)
+    shapes = common.feature_shapes(net, 32)
+    assert [shapes.maps, shapes.preacts] == [[tuple(x.shape[1:]) for x in kind] for kind in (f.maps, f.preacts)]
+    assert (shapes.last, shapes.pooled) == (tuple(f.last.shape[1:]), f.pooled.shape[1])
 
 
-@pytest.mark.parametrize("model", TRAINED, ids=name_of)
+@every_model
+def test_stage_norms_are_the_golden_ones(model, capsys):
+    net = common.build(model["own_name"], 10)
+    if model["bn_before_relu"] is None:
+        with pytest.raises(SystemExit) as exit:
+            common.stage_norms(net)
+        assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+        return
+    names = {module: name for name, module in net.named_modules()}
+    norms = common.stage_norms(net)
+    assert [names[norm] for norm in norms] == model["bn_before_relu"]
+    seen = {}
+    for norm in norms:
+        norm.register_forward_hook(lambda norm, x, y: seen.update({norm: y}))
+    with torch.no_grad():
+        _, f = net.eval()(torch.randn(2, 3, 32, 32))
+    assert [seen[norm].shape for norm in norms] == [preact.shape for preact in f.preacts[1:]]
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if "train" in m], ids=lambda model: model["own_name"])
 def test_golden_training_step(model):
     net, golden = golden_net(model).train(), model["train"]
     logits, _ = net(images(golden["images"]))
@@ -102,40 +116,34 @@ def test_golden_training_step(model):
         assert state[name].flatten()[0].item() == pytest.approx(value["first"], rel=1e-9), name
 
 
-@pytest.mark.parametrize("model", MODELS, ids=name_of)
+@every_model
 def test_float32_channels_last(model):
     """Forward and backward as in training: every parameter learns, every running statistic moves exactly once."""
     torch.manual_seed(0)
     net = common.build(model["own_name"], 10)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in net.parameters() if p.dim() == 4)
-    x = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     inputs = {}
     for norm in norms:
         norm.register_forward_pre_hook(lambda norm, x: inputs.setdefault(norm, []).append(x[0].detach()))
-    logits, f = net(x)
+    logits, f = net(torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last))
     assert logits.shape == (4, 10)
-    for tensor in (logits, *f.maps, *f.preacts, f.last, f.pooled):
-        assert tensor.dtype == torch.float32 and tensor.isfinite().all()
-    torch.testing.assert_close(f.last.mean((2, 3)), f.pooled)
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in (logits, *f.maps, *f.preacts, f.last))
     for norm in norms:
         (seen,) = inputs[norm]
         torch.testing.assert_close(norm.running_mean, 0.1 * seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-        assert norm.num_batches_tracked == 1
     F.cross_entropy(logits, torch.arange(4)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
 
 
-FAMILIES = ["resnet8x4", "resnet50", "wrn_16_2", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
-
-
 @pytest.mark.parametrize("name", FAMILIES)
-def test_maps_and_preacts(name):
+@pytest.mark.parametrize("size", [32, 64])
+def test_maps_and_preacts(name, size):
     torch.manual_seed(0)
     net = common.build(name, 10).eval()
     with torch.no_grad():
-        _, f = net(torch.randn(2, 3, 32, 32))
-    pairs = list(zip(f.maps, f.preacts))
+        _, f = net(torch.randn(2, 3, size, size))
+    pairs = list(zip(f.maps, f.preacts, strict=True))
     assert torch.equal(*pairs[0])
     for own, preact in pairs[1:]:
         if name == "mobilenetv2":
@@ -148,28 +156,24 @@ def test_maps_and_preacts(name):
             assert torch.equal(preact.relu(), own) and preact.min() < 0
     if name.startswith("wrn"):
         assert torch.equal(f.preacts[-1].relu(), f.last)
+    at_32 = common.feature_shapes(net, 32)
+    expected = [side * size // 32 for _, side, _ in at_32.maps]
+    if name == "vgg8" and size == 64:
+        expected[-1] //= 2  # one more max pool
+    assert [x.shape[2] for x in f.maps] == expected
+    assert f.pooled.shape == (2, at_32.pooled)
+    torch.testing.assert_close(f.last.mean((2, 3)), f.pooled)
 
 
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_2", "vgg8", "mobilenetv2"])
-@pytest.mark.parametrize("training", [True, False])
-def test_shapes(name, training):
-    net = common.build(name, 10).train(training)
-    before = snapshot(net)
-    shapes = common.shapes(net)
-    assert net.training == training
-    assert all(module.training == training for module in net.modules())
-    assert same(before, snapshot(net))
-    assert all(p.grad is None and p.requires_grad for p in net.parameters())
-    golden = next(model for model in MODELS if model["own_name"] == name)
-    assert [list(shape) for shape in shapes.maps] == [entry["shape"][1:] for entry in golden["feats"][:-1]]
-    assert [list(shape) for shape in shapes.preacts] == [entry["shape"][1:] for entry in golden["preact_feats"][:-1]]
-    assert [shapes.pooled] == golden["feats"][-1]["shape"][1:]
-    assert shapes.last[0] == shapes.pooled
-
-
-def kurtosis(z):
-    """3 for normal values, 1.8 for uniform ones."""
-    return (z**4).mean() / (z**2).mean() ** 2
+def test_a_look_at_the_shapes_changes_nothing():
+    for training in True, False:
+        net = common.build("resnet8", 10).train(training)
+        before, state = snapshot(net), torch.random.get_rng_state()
+        common.feature_shapes(net, 64)
+        common.classifier(net)
+        assert all(module.training == training for module in net.modules())
+        assert same(before, snapshot(net)) and torch.equal(state, torch.random.get_rng_state())
+        assert all(p.grad is None and p.requires_grad for p in net.parameters())
 
 
 def check_spread(tensors, expected_kurtosis):
@@ -180,7 +184,8 @@ def check_spread(tensors, expected_kurtosis):
         assert abs(z.mean()) < 5 / len(z) ** 0.5
         assert abs(z.square().mean() - 1) < 5 * (2 / len(z)) ** 0.5
         standardised.append(z)
-    assert kurtosis(torch.cat(standardised)).item() == pytest.approx(expected_kurtosis, abs=0.1)
+    z = torch.cat(standardised)  # kurtosis: 3 if normal, 1.8 if uniform
+    assert ((z**4).mean() / (z**2).mean() ** 2).item() == pytest.approx(expected_kurtosis, abs=0.1)
 
 
 def fan_in(layer):
@@ -188,7 +193,7 @@ def fan_in(layer):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_initialisation(name):
+def test_initialization(name):
     torch.manual_seed(5)
     net = common.build(name, 100)
     convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
@@ -201,22 +206,16 @@ def test_initialisation(name):
         check_spread([(linear.weight, 0.01)], 3)
     else:
         check_spread([(linear.weight, (3 * fan_in(linear)) ** -0.5)], 1.8)
-    if name.startswith(("vgg", "mobilenet", "wrn")):
-        assert not linear.bias.any()
-    else:
-        assert linear.bias.any() and linear.bias.abs().max() <= fan_in(linear) ** -0.5
+    assert linear.bias.any() != name.startswith(("vgg", "mobilenet", "wrn"))
     assert all(conv.bias is None or not conv.bias.any() for conv in convs)
-    assert (convs[0].bias is not None) == name.startswith("vgg")
     for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
         assert (norm.weight == 1).all() and not norm.bias.any()
-        assert (norm.running_var == 1).all() and not norm.running_mean.any()
 
 
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "shufflenetv1"])
 @pytest.mark.parametrize("form", ["bare", "model", "state_dict", "module.", "no counters"])
-def test_checkpoints_load(name, form, tmp_path):
+def test_checkpoints_load(form, tmp_path):
     torch.manual_seed(1)
-    trained = common.build(name, 10)
+    trained = common.build("wrn_16_1", 10)
     trained(torch.randn(4, 3, 32, 32))  # moves the running statistics
     expected = snapshot(trained)
     state = copy.copy(expected)
@@ -224,23 +223,65 @@ def test_checkpoints_load(name, form, tmp_path):
         state = {f"module.{key}": value for key, value in state.items()}
     if form == "no counters":
         state = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+        expected |= {key: torch.tensor(0) for key in expected if key.endswith("num_batches_tracked")}
     if form in ("model", "module."):
         state = {"model": state, "epoch": 240, "best_acc": torch.tensor(71.0)}
     if form == "state_dict":
         state = {"state_dict": state}
     torch.save(state, tmp_path / "net.pth")
-    net = common.build(name, 10)
+    net = common.build("wrn_16_1", 10)
     common.load_weights(net, tmp_path / "net.pth")
-    if form == "no counters":
-        expected = {key: torch.tensor(0) if key.endswith("num_batches_tracked") else value for key, value in expected.items()}
     assert same(snapshot(net), expected)
 
 
-@pytest.mark.parametrize("classes", [10, 100])
-def test_build_is_seeded_and_has_the_asked_classes(classes):
-    nets = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        nets.append(common.build("resnet8", classes))
-    assert same(snapshot(nets[0]), snapshot(nets[1])) and not same(snapshot(nets[0]), snapshot(nets[2]))
-    assert nets[0](torch.zeros(2, 3, 32, 32))[0].shape == (2, classes)
+# torchvision's networks
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "densenet121", "swin_t"])
+def test_torchvision(name, capsys):
+    if name == "squeezenet1_1":  # its classifier is a convolution
+        with pytest.raises(SystemExit) as exit:
+            common.build(f"torchvision.{name}", 10)
+        assert exit.value.code == 2 and "squeezenet1_1" in capsys.readouterr().err
+        return
+    torch.manual_seed(0)
+    net = common.build(f"torchvision.{name}", 10)
+    original = torchvision.models.get_model(name, num_classes=10)
+    assert {*net.state_dict()} == {*original.state_dict()}
+    original.load_state_dict(net.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    assert net.training and all(module.training for module in net.modules())
+    with torch.no_grad():
+        logits, f = net.eval()(x)
+        torch.testing.assert_close(logits, original.eval()(x))
+    linear = [module for module in original.modules() if isinstance(module, nn.Linear)][-1]
+    torch.testing.assert_close(linear(f.pooled), logits)
+    if name != "swin_t":  # its maps are (B, H, W, C)
+        sides = [x.shape[2] for x in f.maps]
+        assert sides == sorted({*sides}, reverse=True) and len(sides) > 2
+        assert f.last is f.maps[-1] and all(m.shape == p.shape for m, p in zip(f.maps, f.preacts, strict=True))
+        assert all(torch.equal(p, m) or torch.equal(p.relu(), m) for m, p in zip(f.maps, f.preacts))
+    torch.manual_seed(1)
+    trained = net.train()(x)[0]
+    torch.manual_seed(1)
+    torch.testing.assert_close(trained, original.train()(x))  # dropout and batch statistics as they are
+
+
+def test_torchvision_resnet18():
+    net = common.build("torchvision.resnet18", 10).eval()
+    with torch.no_grad():
+        _, f = net(torch.randn(2, 3, 64, 64))
+    assert [tuple(x.shape[1:]) for x in f.maps] == [(64, 32, 32), (64, 16, 16), (128, 8, 8), (256, 4, 4), (512, 2, 2)]
+    assert all(torch.equal(p.relu(), m) and p.min() < 0 for m, p in zip(f.maps, f.preacts))
+    names = {module: name for name, module in net.named_modules()}
+    assert [names[norm] for norm in common.stage_norms(net)] == [f"layer{k}.1.bn2" for k in (1, 2, 3, 4)]
+    assert common.classifier(net) is net.get_submodule("fc")
+    torch.testing.assert_close(f.last.mean((2, 3)), f.pooled)
+    pruned = load("r2kd").pruned(net, 0.0, "running")  # a deepcopy of such a network forgets its mode
+    assert not pruned.training and torch.equal(pruned(torch.ones(1, 3, 64, 64))[0], net(torch.ones(1, 3, 64, 64))[0])
+
+
+def test_a_network_without_the_usual_classifier(capsys):
+    with pytest.raises(SystemExit) as exit:
+        common.classifier(common.build("torchvision.mobilenet_v3_small", 10))
+    assert exit.value.code == 2 and "classifier" in capsys.readouterr().err
