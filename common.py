@@ -155,8 +155,13 @@ def check(args: RunArgs) -> None:
             wrong = [wrong for rule in rules if value is not None and (wrong := rule(value)) is not True]
             if isinstance(value, float) and not math.isfinite(value):
                 wrong = ["must be a finite number"]
+            if flag.endswith("_weight") and value is not None and value < 0:
+                wrong = ["must not be negative"]
             if wrong:
                 fail(f"--{flag.replace('_', '-')} {shown(value)} {wrong[0]}", 2)
+    terms = {flag: value for flag, value in vars(args).items() if flag.endswith("_weight")}
+    if terms and all(value == 0 for value in terms.values()):
+        fail(f"all weights are 0 ({', '.join(terms)}): nothing would be learned", 2)
     weights = getattr(args, "teacher_weights", None)
     if weights and not weights.is_file() and not args.teacher.startswith("torchvision."):
         fail(f"--teacher-weights {weights} does not exist", 2)
@@ -219,7 +224,11 @@ def in_use(folder: Path) -> bool:
     """Whether a process is working in a run folder."""
     if not folder.exists():
         return False
-    if lock := take_lock(folder / ".lock", wait=0.5):  # another look lasts for a moment only
+    try:
+        lock = take_lock(folder / ".lock", wait=0.5)  # another look lasts for a moment only
+    except OSError as error:
+        fail(f"cannot look into {folder} ({error.strerror}): choose another parent directory with --runs")
+    if lock:
         lock.close()
     return lock is None
 
@@ -311,9 +320,11 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.parameters: dict[int, int] = {}  # of all phases
         self.saved, self.resumed, self.child, self.estimated = "nothing saved yet", 0, None, False
-        for name in "SIGINT", "SIGTERM", "SIGHUP":
-            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(getattr(signal, name), self.interrupt)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+            signals.append(signal.SIGHUP)
+        for number in signals:
+            signal.signal(number, self.interrupt)
         if args.device != "cpu":  # the same sums in the same order, so that a resumed run ends as an uninterrupted one
             torch.cuda.set_device(torch.device(args.device).index or 0)  # for what takes no device, like a stream
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -426,6 +437,9 @@ class Run:
             return say(f"phase       {phase}: {count(trained):,} parameters are trained")
         settings = ", ".join(f"{flag.replace('_', '-')} {shown(value)}" for flag, value in self.changed.items())
         say(f"student     {self.args.student}, seed {self.args.seed}, {self.args.device}; changed flags: {settings or 'none'}")
+        folder = self.args.dataset == "folder"
+        own = FOLDER_SIZE if folder else read(self.args.dataset, Path(self.args.data), self.args.image_size).train[0].shape[1]
+        feature_shapes(trained["student"], self.args.image_size or own)  # ends the program if the images are too small for it
         self.student = count(trained["student"])
         self.extra = sum(self.parameters.values()) - self.student
         say(f"parameters  {self.student:,} in the student" + (f" plus {self.extra:,} in auxiliary modules" if self.extra else ""))
@@ -518,6 +532,7 @@ class RawData(NamedTuple):
 
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and std
+FOLDER_SIZE = 224  # default side of a folder's images in pixels
 
 # The official binary files: records of label bytes (the last one counts) and 3 x 32 x 32 pixels; {file: SHA-256}
 CIFAR: dict[str, dict[str, Any]] = {
@@ -636,18 +651,23 @@ def read_tinyimagenet(data: Path, size: int | None) -> RawData:
         by_class = [sorted((folder / "train" / wnid / "images").glob("*.JPEG")) for wnid in wnids]
         train = [(file, k) for k, files in enumerate(by_class) for file in files]
         test = [(folder / "val" / "images" / file, wnids.index(wnid)) for file, wnid in val]
-        return tuple((np.stack([open_image(file) for file, _ in part]), np.array([k for _, k in part])) for part in (train, test))
+        return tuple(
+            (np.stack([open_image(file, 64) for file, _ in part]), np.array([k for _, k in part])) for part in (train, test)
+        )
 
     names = [words.get(wnid, wnid) for wnid in wnids]
     return RawData(*cached(data / "tinyimagenet", size or 64, decode), names, *IMAGENET)
 
 
-def open_image(file: Path) -> Image.Image:
-    """An image file as RGB; one that is missing or damaged ends the program."""
+def open_image(file: Path, side: int | None = None) -> Image.Image:
+    """An image file as RGB; one that is missing, damaged or not `side` pixels wide and high ends the program."""
     try:
-        return Image.open(file).convert("RGB")
+        image = Image.open(file).convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         fail(f"{file} is missing or damaged ({one_line(error)}): restore it")
+    if side and image.size != (side, side):
+        fail(f"{file} has {image.size[0]} x {image.size[1]} pixels, not {side} x {side}: restore it")
+    return image
 
 
 def synthetic(data: Path, size: int | None) -> RawData:
@@ -806,7 +826,7 @@ class Folder(ImageSet):
 
     def __init__(self, split: Split, raw: RawData, args: RunArgs):
         self.files, labels = split
-        super().__init__(labels, args.image_size or 224, raw, args)
+        super().__init__(labels, args.image_size or FOLDER_SIZE, raw, args)
 
     def load(self, order: Tensor, seed: list[int] | None = None, views: int = 1) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
         loader = DataLoader(
@@ -1015,9 +1035,11 @@ def load_teacher(run: "Run", test: ImageSet) -> nn.Module:
     A run keeps its teacher: once begun, it continues with the same bits or not at all.
     """
     args, began = run.args, run.kept("teacher.json")
+    if began and not {"file", "source", "sha256"} <= began.keys():
+        fail(f"{run.folder / 'teacher.json'} is damaged: delete the folder to start this run again")
     file, source = find_teacher(run) if not began or args.teacher_weights else (Path(began["file"]), began["source"])
     if not file.is_file() or (began and sha256(file) != began["sha256"]):
-        which = f"{began['file']} (SHA-256 {began['sha256'][:12]})"
+        which = f"{file} (SHA-256 {began['sha256'][:12]})" if began else file
         fail(f"{run.folder} began with the teacher {which}, which is missing or changed: restore it, or take another --runs")
     name = file.with_name("result.json") if file.name == "student.pt" else file.with_suffix(".json")
     result: dict[str, Any] = {}
@@ -1031,6 +1053,7 @@ def load_teacher(run: "Run", test: ImageSet) -> nn.Module:
     if source.startswith("https") and args.dataset == "cifar10":
         teacher.conv1.weight.data *= test.std / torch.tensor(PUBLIC_CIFAR10_STD, device=test.device)[:, None, None]
     teacher.eval().requires_grad_(False)
+    feature_shapes(teacher, test.size)  # ends the program if the images are too small for it
     write(run.folder / "teacher.json", json.dumps(dict(file=str(file), source=source, sha256=digest)) + "\n")
     teacher.record = dict(name=args.teacher, accuracy=accuracy(teacher, test), sha256=digest, source=source, epochs=epochs)
     trained = f"{epochs} epochs, " if epochs else ""
@@ -1054,7 +1077,10 @@ class Features(NamedTuple):
 def probe(net: nn.Module, x: Tensor) -> tuple[Tensor, Features]:
     """Logits and features of images (B, 3, H, W) in eval mode. No mode, statistic or random state changes."""
     training, weight = net.training, next(net.parameters())
-    out = net.eval()(x.to(weight.device, weight.dtype))
+    try:
+        out = net.eval()(x.to(weight.device, weight.dtype))
+    except (IndexError, RuntimeError) as error:
+        fail(f"a network does not fit images of {x.shape[2]} x {x.shape[3]} pixels ({one_line(error)})", 2)
     net.train(training)
     return out
 
@@ -1206,6 +1232,8 @@ def from_torchvision_models(name: str, classes: int) -> nn.Module:
             after = values[maps[side]]
             before = [path for path, value in values.items() if not value.equal(after) and value.relu().equal(after)]
             wanted |= {maps[side]: f"map{k}"} | ({before[-1]: f"preact{k}"} if before else {})
+        if not maps or "pooled" not in wanted.values():
+            raise ValueError("its layers give no square maps, or no vector that enters the last linear one")
         net = create_feature_extractor(model, wanted)
     except Exception as error:  # tracing can fail in as many ways as there are networks
         fail(f"torchvision.{name} is no network with maps and a linear classifier that can be traced ({one_line(error)})", 2)

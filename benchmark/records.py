@@ -71,7 +71,7 @@ def recipe(record: Record) -> list[Any]:
 
 
 def grouped(records: list[Record]) -> list[Row]:
-    """The records in rows, the best first."""
+    """The records in rows: those of three seeds or more first, then the others, each best first."""
     rows: dict[str, dict[int, Record]] = defaultdict(dict)
     for record in records:
         flags = {flag: value for flag, value in record["args"].items() if flag not in APART}
@@ -79,7 +79,8 @@ def grouped(records: list[Record]) -> list[Row]:
         if (other := row.setdefault(record["args"]["seed"], record)) is not record:
             sys.exit(f"error: the records {other['run']} and {record['run']} are of the same run: remove one")
     return sorted(
-        ([row[seed] for seed in sorted(row)] for row in rows.values()), key=lambda row: -mean(run["last"] for run in row)
+        ([row[seed] for seed in sorted(row)] for row in rows.values()),
+        key=lambda row: (len(row) < 3, -mean(run["last"] for run in row)),
     )
 
 

@@ -1,7 +1,7 @@
 """Makes the tables of results.md from records.jsonl and published.json alone, so that anyone can make them again.
 
-A row holds the runs that differ only in their seed; a table, the rows of one student, data set and number of epochs, best first.
-What follows the tables in results.md is written by hand and kept.
+A row holds runs that differ only in their seed; a table, the rows of one student, data set and number of epochs: rows of three
+seeds or more first, then the others, each best first. What follows the tables in results.md is written by hand and kept.
 
     python benchmark/report.py                      # results.md again
     python benchmark/report.py --runs runs          # first add the finished runs in runs/ to records.jsonl
@@ -29,7 +29,12 @@ Top-1 accuracy on the test images, in percent. † fewer than three seeds: a sma
 weights, not the one behind the published numbers. [How to read the tables](#how-to-read-the-tables).
 
 """
-SHORT = "## Short schedules: NOT the benchmark\n\nFew epochs or a short teacher: not to be compared with published numbers.\n\n"
+SHORT = """## Short schedules: NOT the benchmark
+
+Few epochs or a short teacher: not to be compared with published numbers. Five epochs favor large loss weights, and the order need
+not hold after 240. R2KD with an augmented batch runs the student on twice the images; KD on the same batches has not been run.
+
+"""
 COST = "## What a method costs\n\nA step relative to vanilla: {pair}, batches of {batch_size}, {device}, torch {torch}.\n\n"
 FORMS = dict(method="`{method}`", time="{time:.2f} ({low:.2f} to {high:.2f})", memory="{memory:.2f}", parameters="+{extra:,}")
 KD = {"against KD": (0.1, 0.9, 4), "against KD 1/1": (1, 1, 4)}  # weight of the labels, weight of the teacher, temperature

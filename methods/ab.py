@@ -15,7 +15,8 @@ Published: resnet56/resnet20 69.47 (last epoch).
 Differences
 - from the paper: none in the cost; ab_weight and the factors 2^(k - n) come from the code.
 - from the authors' code, bhheo/AB_distillation@a7701d3: its phase 2 is KD alone (T = 3, without T^2).
-- from the authors' code: its teacher is in train mode in phase 1, and every stage has a connector with a 1x1 convolution.
+- from the authors' code: its teacher is in train mode in phase 1.
+- from the authors' code: no connectors if the last stages are equally wide, else all bias-free 1x1 convolutions with batch norm.
 - from RepDistiller: none in the loss. Its flag -b has no effect on AB.
 """
 

@@ -12,11 +12,11 @@ classes, and vice versa. Two memory banks, one per network, hold a vector for ev
     KD       = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L        = ce_weight CE + kd_weight KD + crd_weight (L_s + L_t)
 
-Taken from the authors' code, HobbitLong/RepDistiller@b84f547 (crd/, mode exact), the source of the published tables.
-Published: resnet56/resnet20 71.16 (last epoch), with KD 71.63 (quoted from the paper).
+Taken from the authors' code, HobbitLong/RepDistiller@b84f547 (crd/, dataset/cifar100.py, mode exact), the source of the published
+tables. Published: resnet56/resnet20 71.16 (last epoch), with KD 71.63 (quoted from the paper).
 Differences
 - from the paper: Z, and the 1e-7 in the denominators of h and 1 - h, appear only in the code.
-- from the code: negatives are drawn on the device with replacement, not in numpy without it (45 core-seconds per epoch).
+- from the code: negatives are drawn on the device with replacement, not in loader workers by numpy without it (45 core-s per epoch).
 - from the code: one matrix product scores all images; the code copies the negatives' vectors, 0.5 GiB per bank.
 - from the code: banks and Z are in the checkpoint, so that a run can resume.
 """

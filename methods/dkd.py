@@ -1,7 +1,7 @@
 """DKD: Decoupled Knowledge Distillation. Zhao, Cui, Song, Qiu and Liang, 2022, arXiv 2203.08679.
 
 For one image, KD is TCKD + (1 - p_t,y) NCKD: how sure the teacher is of the label, and how it rates the other classes. The more
-confident the teacher, the less weight KD gives the second part, which teaches more than the first. DKD decouples the weights.
+confident the teacher, the less weight KD gives the second part, which the authors find to matter more. DKD decouples the weights.
 
     b    = (p_y, 1 - p_y),   p = softmax(z / T),   T = dkd_temperature      y: the label
     q    = softmax(z / T) over the C - 1 other classes
@@ -113,7 +113,7 @@ def main(args: Args) -> float:
     for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, scheduler=scheduler):  # resumes and saves
         trained.train()
         meter = run.meter(len(train))  # sums on the device, read once per epoch
-        warmup = torch.tensor(min(epoch / args.warmup_epochs, 1.0), device=args.device)
+        warmup = torch.tensor(min(epoch / args.warmup_epochs, 1.0), device=args.device)  # a tensor, since a CUDA graph would freeze a number
         for x, y, index in train.epoch(epoch):
             meter.add(step(x, y, index, warmup), len(y))
         run.log(epoch, train=meter.mean(), test=accuracy(student, test), warmup=warmup)

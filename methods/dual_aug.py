@@ -1,22 +1,22 @@
 """Distilling Invariant Representations with Dual Augmentation. Giakoumoglou and Stathaki, 2024, arXiv 2410.09474.
 
-Status: a reconstruction from the abstract, not the authors' settings; arXiv versions 2 and 3 withdraw it as "Not completed work".
+Status: a reconstruction from the abstract, not the authors' settings. The full text is public but was not read here. arXiv v2 and
+v3 withdraw it as "Not completed work"; v4 (8 pages, 3 tables) is from "a project that we have since discontinued".
 
 Student and teacher see different views of an image, and ICD (methods/icd.py) must hold across them. This restores the two
 augmentations of ReLIC (arXiv 2010.07922). The student gets the harder view, the teacher the kind of view it was trained on.
 
     x_s, x_t = A_s(x), A_t(x)                                         two crops and flips; by default x_s also gets color changes
     e_s, e_t = normalize(W_s f_s(x_s)), normalize(W_t f_t(x_t))       f: pooled features, the classifier's input
-    S_ij     = s <e_s_i, e_t_j> + b,   s = clamp(exp(tau), 0, 10)     W_s, W_t, tau and b are learned
+    S_ij     = a <e_s_i, e_t_j> + b,   a = min(exp(tau), 10)          W_s, W_t, tau and b are learned
     P, Q     = softmax over the rows of S, of S transposed
     L_con    = mean_i -log P_ii,   L_inv = mean_i KL(Q_i || P_i)
     KD       = T^2 mean_i KL(p_t(x_t) || p_s(x_s)),   p = softmax(z / T),   T = kd_temperature
     L        = ce_weight CE(x_s) + kd_weight KD + icd_weight (L_con + alpha L_inv)
 
-CRLD (methods/crld.py, arXiv 2412.16493), a related method with published code, matches logits across a weak and a strong view.
 Differences
-- from the paper: unknown; all but the abstract's "different augmentations applied to both models during distillation" is ours.
-- from the authors' code: no version of it has a second view (giakoumoglou/distillers@a2ee80b).
+- from the paper: not compared; all but the abstract's "different augmentations applied to both models" is ours.
+- from the authors' code: no version has a second view (giakoumoglou/distillers@a2ee80b); the related methods/crld.py has one.
 """
 
 import sys
@@ -53,11 +53,11 @@ class Args(DistillArgs):
     kd_temperature: Positive = 4.0
     """softmax temperature of the KD term"""
     icd_weight: float = 1.0
-    """weight of the ICD term, tuned for batches of 64: an image's negatives are the rest of its batch"""
+    """weight of the ICD term; the authors' batches have 64 images: an image's negatives are the rest of its batch"""
     alpha: float = 0.5
     """weight of the invariance within the ICD term"""
     init_tau: float = 1.0
-    """initial log of the scale s; 0 gives s = 1 as in ReLIC, which was probably intended"""
+    """initial log of the scale; 0 starts at 1, as in filipbasara0/relic, whose code this follows, and was probably intended"""
     student_aug: Literal["weak", "color", "cutout"] = "color"
     """A_s after crop and flip: weak (nothing else), color (jitter and gray) or cutout (a square of the mean color)"""
     teacher_aug: Literal["weak", "color", "cutout"] = "weak"
@@ -74,29 +74,29 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 
 
 class ICD(nn.Module):
-    """L_con + alpha L_inv of pooled features f_s (B, dim_s) and f_t (B, dim_t)."""
+    """L_con and L_inv of pooled features f_s (B, dim_s) and f_t (B, dim_t)."""
 
-    def __init__(self, dim_s: int, dim_t: int, alpha: float, init_tau: float, dim: int = 128, max_scale: float = 10.0):
+    def __init__(self, dim_s: int, dim_t: int, init_tau: float, dim: int = 128, max_scale: float = 10.0):
         super().__init__()
         self.project_s = nn.Linear(dim_s, dim)  # W_s
         self.project_t = nn.Linear(dim_t, dim)  # W_t: trained, although the teacher is not
         self.tau = nn.Parameter(torch.tensor(init_tau))
         self.bias = nn.Parameter(torch.tensor(0.0))  # cancels in the softmax, so it gets no gradient
-        self.alpha, self.max_scale = alpha, max_scale
+        self.max_scale = max_scale
 
     def scale(self) -> Tensor:
-        """s, an inverse temperature. Where the clamp is active, tau gets no gradient."""
-        return self.tau.exp().clamp(0, self.max_scale)
+        """a, an inverse temperature. Where the clamp is active, tau gets no gradient."""
+        return self.tau.exp().clamp(max=self.max_scale)
 
-    def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
+    def forward(self, f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
         e_s = F.normalize(self.project_s(f_s), dim=1)
         e_t = F.normalize(self.project_t(f_t), dim=1)
         similarity = self.scale() * (e_s @ e_t.T) + self.bias  # S
         log_p = F.log_softmax(similarity, dim=1)
         log_q = F.log_softmax(similarity.T, dim=1)
-        contrast = -log_p.diagonal().mean()  # L_con, in one direction only; images of the same class count as negatives
-        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # L_inv, with gradients through P and Q
-        return contrast + self.alpha * invariance
+        contrast = -log_p.diagonal().mean()  # in one direction only; images of the same class count as negatives
+        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # with gradients through P and Q
+        return contrast, invariance  # L_con, L_inv
 
 
 def shift_hue(pixels: Tensor, turns: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def main(args: Args) -> float:
 
     torch.manual_seed(args.seed)  # the same initial student for every method
     student = build(args.student, train.classes, args.device)
-    icd = ICD(feature_shapes(student, train.size).pooled, feature_shapes(teacher, train.size).pooled, args.alpha, args.init_tau)
+    icd = ICD(feature_shapes(student, train.size).pooled, feature_shapes(teacher, train.size).pooled, args.init_tau)
     trained = nn.ModuleDict(dict(student=student, icd=icd)).to(args.device)  # optimized and checkpointed
     lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
     optimizer = SGD(trained.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
@@ -166,13 +166,13 @@ def main(args: Args) -> float:
 
         loss_ce = F.cross_entropy(z_s, y)
         loss_kd = kd_loss(z_s, z_t, args.kd_temperature)
-        loss_icd = icd(features_s.pooled, features_t.pooled)
-        loss = args.ce_weight * loss_ce + args.kd_weight * loss_kd + args.icd_weight * loss_icd
+        loss_con, loss_inv = icd(features_s.pooled, features_t.pooled)
+        loss = args.ce_weight * loss_ce + args.kd_weight * loss_kd + args.icd_weight * (loss_con + args.alpha * loss_inv)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return dict(loss=loss, ce=loss_ce, kd=loss_kd, icd=loss_icd, accuracy=(z_s.argmax(1) == y).float().mean())
+        return dict(loss=loss, ce=loss_ce, kd=loss_kd, con=loss_con, inv=loss_inv, accuracy=(z_s.argmax(1) == y).float().mean())
 
     for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, scheduler=scheduler):  # resumes and saves
         trained.train()

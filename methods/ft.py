@@ -13,10 +13,11 @@ Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/FT.py, models/util.py)
 Published: resnet56/resnet20 69.84 (last epoch).
 Differences
 - from the paper and its code, Jangho-Kim/Factor-Transfer-pytorch@19cce26: their Q(F) = F / |F| keeps channels and signs.
-- from the paper and its code: their L_rec is a mean absolute error, their translator has no batch norm, and ft_weight is 500.
-- from RepDistiller: none in the loss.
+- from the paper: its L_rec is a squared L2 norm.
+- from its code: its L_rec is a mean absolute error, its translator has no batch norm, and ft_weight is 500.
+- from RepDistiller: none in the loss; its p = 2 option for L_ft is left out.
 
-The paper's method, on this schedule: python methods/ft.py --ft-variant original --ft-weight 500
+The loss of the authors' code, on this schedule: python methods/ft.py --ft-variant original --ft-weight 500
 """
 
 import sys
@@ -55,7 +56,7 @@ class Args(DistillArgs):
     ft_weight: float = 200.0
     """weight of the FT term; 500 for the original variant"""
     ft_variant: Literal["repdistiller", "original"] = "repdistiller"
-    """repdistiller gave the published CIFAR-100 numbers; original is the paper's"""
+    """repdistiller gave the published CIFAR-100 numbers; original is the authors' code's"""
     init_epochs: PositiveInt = 30
     """epochs of phase 1, at a constant learning rate"""
 
@@ -120,6 +121,7 @@ def main(args: Args) -> float:
 
     # Phase 1
     init = nn.ModuleDict(dict(paraphraser=paraphraser)).to(args.device)
+    # As in RepDistiller, except that it leaves resnet50 at 0.05
     init_lr = 0.01 if args.student.startswith(("resnet", "wrn")) else lr
     init_optimizer = SGD(init.parameters(), init_lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
     init_scheduler = MultiStepLR(init_optimizer, milestones=[])  # constant learning rate

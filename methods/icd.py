@@ -1,12 +1,13 @@
 """ICD: Invariant Consistency for Knowledge Distillation. Giakoumoglou and Stathaki, 2024, arXiv 2407.11802.
-v2: Invariant Causal Knowledge Distillation in Neural Networks. v3 and later: Discriminative and Consistent Distillation (DCD).
+v2: Invariant Causal Knowledge Distillation in Neural Networks. v3 and later:
+Discriminative and Consistent Representation Distillation (DCD).
 
 Student and teacher features are projected to unit vectors. A student vector must pick out its own teacher vector from the batch
 (contrast), and the student-to-teacher and teacher-to-student distributions must agree (invariance). This is the objective of
 ReLIC (arXiv 2010.07922) between student and teacher instead of between two augmentations.
 
     e_s, e_t = normalize(W_s f_s), normalize(W_t f_t)                 f: pooled features, the classifier's input
-    S_ij     = s <e_s_i, e_t_j> + b,   s = clamp(exp(tau), 0, 10)     W_s, W_t, tau and b are learned
+    S_ij     = a <e_s_i, e_t_j> + b,   a = min(exp(tau), 10)          W_s, W_t, tau and b are learned
     P, Q     = softmax over the rows of S, of S transposed
     L_con    = mean_i -log P_ii
     L_inv    = mean_i KL(Q_i || P_i)
@@ -53,11 +54,11 @@ class Args(DistillArgs):
     kd_temperature: Positive = 4.0
     """softmax temperature of the KD term"""
     icd_weight: float = 1.0
-    """weight of the ICD term, tuned for batches of 64: an image's negatives are the rest of its batch"""
+    """weight of the ICD term; the authors' batches have 64 images: an image's negatives are the rest of its batch"""
     alpha: float = 0.5
     """weight of the invariance within the ICD term"""
     init_tau: float = 1.0
-    """initial log of the scale s; 0 gives s = 1 as in ReLIC, which was probably intended"""
+    """initial log of the scale; 0 starts at 1, as in filipbasara0/relic, whose code this follows, and was probably intended"""
 
 
 def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
@@ -68,29 +69,29 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
 
 
 class ICD(nn.Module):
-    """L_con + alpha L_inv of pooled features f_s (B, dim_s) and f_t (B, dim_t)."""
+    """L_con and L_inv of pooled features f_s (B, dim_s) and f_t (B, dim_t)."""
 
-    def __init__(self, dim_s: int, dim_t: int, alpha: float, init_tau: float, dim: int = 128, max_scale: float = 10.0):
+    def __init__(self, dim_s: int, dim_t: int, init_tau: float, dim: int = 128, max_scale: float = 10.0):
         super().__init__()
         self.project_s = nn.Linear(dim_s, dim)  # W_s
         self.project_t = nn.Linear(dim_t, dim)  # W_t: trained, although the teacher is not
         self.tau = nn.Parameter(torch.tensor(init_tau))
         self.bias = nn.Parameter(torch.tensor(0.0))  # cancels in the softmax, so it gets no gradient
-        self.alpha, self.max_scale = alpha, max_scale
+        self.max_scale = max_scale
 
     def scale(self) -> Tensor:
-        """s, an inverse temperature. Where the clamp is active, tau gets no gradient."""
-        return self.tau.exp().clamp(0, self.max_scale)
+        """a, an inverse temperature. Where the clamp is active, tau gets no gradient."""
+        return self.tau.exp().clamp(max=self.max_scale)
 
-    def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
+    def forward(self, f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
         e_s = F.normalize(self.project_s(f_s), dim=1)
         e_t = F.normalize(self.project_t(f_t), dim=1)
         similarity = self.scale() * (e_s @ e_t.T) + self.bias  # S
         log_p = F.log_softmax(similarity, dim=1)
         log_q = F.log_softmax(similarity.T, dim=1)
-        contrast = -log_p.diagonal().mean()  # L_con, in one direction only; images of the same class count as negatives
-        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # L_inv, with gradients through P and Q
-        return contrast + self.alpha * invariance
+        contrast = -log_p.diagonal().mean()  # in one direction only; images of the same class count as negatives
+        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # with gradients through P and Q
+        return contrast, invariance  # L_con, L_inv
 
 
 def main(args: Args) -> float:
@@ -100,7 +101,7 @@ def main(args: Args) -> float:
 
     torch.manual_seed(args.seed)  # the same initial student for every method
     student = build(args.student, train.classes, args.device)
-    icd = ICD(feature_shapes(student, train.size).pooled, feature_shapes(teacher, train.size).pooled, args.alpha, args.init_tau)
+    icd = ICD(feature_shapes(student, train.size).pooled, feature_shapes(teacher, train.size).pooled, args.init_tau)
     trained = nn.ModuleDict(dict(student=student, icd=icd)).to(args.device)  # optimized and checkpointed
     lr = args.lr or (0.01 if args.student in ("mobilenetv2", "shufflenetv1", "shufflenetv2") else 0.05)
     optimizer = SGD(trained.parameters(), lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
@@ -115,13 +116,13 @@ def main(args: Args) -> float:
 
         loss_ce = F.cross_entropy(z_s, y)
         loss_kd = kd_loss(z_s, z_t, args.kd_temperature)
-        loss_icd = icd(features_s.pooled, features_t.pooled)
-        loss = args.ce_weight * loss_ce + args.kd_weight * loss_kd + args.icd_weight * loss_icd
+        loss_con, loss_inv = icd(features_s.pooled, features_t.pooled)
+        loss = args.ce_weight * loss_ce + args.kd_weight * loss_kd + args.icd_weight * (loss_con + args.alpha * loss_inv)
 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return dict(loss=loss, ce=loss_ce, kd=loss_kd, icd=loss_icd, accuracy=(z_s.argmax(1) == y).float().mean())
+        return dict(loss=loss, ce=loss_ce, kd=loss_kd, con=loss_con, inv=loss_inv, accuracy=(z_s.argmax(1) == y).float().mean())
 
     for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, scheduler=scheduler):  # resumes and saves
         trained.train()

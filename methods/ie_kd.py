@@ -14,8 +14,8 @@ so that the student does not merely repeat the teacher.
 Modules and recipe are those of the authors' CIFAR-10 code (aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-
 Exploration-Framework@3274ab0; it does not run as released). Published on CIFAR-10 (read off an image): resnet56/resnet20 93.43.
 Differences
-- from the paper: checked against the abstract only; a secondary source says that it squares L_rec and has no minus in L_exp.
-- from the paper: the same source says that each half's channels are picked at random; the code takes the first half by default.
+- from the paper: checked against the abstract only; a reader's review says that it squares L_rec and has no minus in L_exp.
+- from the paper: the same review says that each half's channels are picked at random; the code takes the first half by default.
 - from the code: it leaves the form of L_exp open (an empty default; a norm and a cosine exist); the norm is our choice.
 - from the code: a factor has half the student's channels, not always 32 (half of a resnet's 64).
 - from the code: its weights of 1 have almost no effect; 50 is reportedly the value in the paper's Table 6b.

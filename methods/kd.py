@@ -1,15 +1,15 @@
 """KD: Distilling the Knowledge in a Neural Network. Hinton, Vinyals and Dean, 2015, arXiv 1503.02531.
 
 The student matches the teacher's class probabilities, softened by a temperature so that the small ones count too: they show
-which classes look alike to the teacher. The factor T^2 preserves the size of the gradient as T changes.
+which classes look alike to the teacher. The factor T^2 keeps the gradient at about the same size as T changes.
 
     KD = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L  = ce_weight CE + kd_weight KD
 
-Taken from RepDistiller (HobbitLong/RepDistiller@b84f547), the source of the published tables.
+Taken from RepDistiller (HobbitLong/RepDistiller@b84f547), whose CIFAR-100 table later papers copy.
 Differences
 - from the paper: it gives no weights for CIFAR-100; 0.1, 0.9 and T = 4 are RepDistiller's. Others use 1 and 1 (SimKD's tables).
-- from the code: none in the loss.
+- from the code: none in the loss; runs are seeded.
 """
 
 import sys

@@ -12,7 +12,8 @@ student must pick with the teacher's probabilities. Only similarities are compar
 Taken from HobbitLong/RepDistiller@b84f547 (distiller_zoo/PKT.py), the source of the published tables; the authors' code,
 passalis/probabilistic_kt@a58fd1b, has the same L_pkt. Published: resnet56/resnet20 70.34 (last epoch).
 Differences
-- from the paper and the authors' code: they train the student on L_pkt alone, without CE.
+- from the paper and the authors' code: they train without CE.
+- from the authors' code: its optional supervised term, L_pkt with a P_t made from the labels, is left out.
 - from RepDistiller: none in the loss.
 """
 

@@ -12,13 +12,12 @@ and, over the batch, within a class) and in rank, on the batch x and again on an
     KD      = T^2 mean_i KL(p_t || p_s)
     L       = ce_weight CE(x) + sum over x and x' of (kd_weight KD + value_weight L_value + rank_weight L_rank)
 
-Taken from the authors' code (Seonghak35/R2KD@ece240e) with its default weights; it has no CIFAR-100 configuration. As released,
-T' stays in train mode, so it normalizes by the batch's statistics (--pruned-bn batch), and hard ranks give L_rank no gradient.
-Published: vgg13/vgg8 75.26 without x', 76.40 with cutmix; resnet32x4/resnet8x4 77.01 and 77.70.
+Taken from the authors' code (Seonghak35/R2KD@ece240e) with its default weights (no CIFAR-100 configuration). As released, T' is in
+train mode: it normalizes by the batch's statistics, on x and on x' (--pruned-bn batch), and makes 30 % of z_t. Hard ranks give
+L_rank no gradient. Published: vgg13/vgg8 75.26 without x', 76.40 with cutmix; resnet32x4/resnet8x4 77.01 and 77.70.
 Differences
 - from the paper: checked against the abstract only; soft ranks, the KD term and runs without x' or without pruning are ours.
 - from the code: cutmixpick is that of MingSun-Tse/Good-DA-in-KD@75443f9; the code scores unmixed images and keeps them all.
-- from the code: autoaugment rounds to integer pixels, where the code truncates.
 """
 
 import sys
@@ -96,8 +95,7 @@ def ranks(z: Tensor, softness: float) -> Tensor:
     rank = 1 + z.argsort(1).argsort(1).to(z.dtype)  # hard: no gradient
     if softness > 0:
         rank = 0.5 + ((z[:, :, None] - z[:, None, :]) / softness).sigmoid().sum(2)
-    rank = rank / (z.shape[1] * (z.shape[1] + 1) / 2)  # matters only relative to the 1e-8 in C
-    return rank - rank.mean(1, keepdim=True)
+    return (rank - rank.mean(1, keepdim=True)) / (z.shape[1] * (z.shape[1] + 1) / 2)  # scale matters only beside the 1e-8 in C
 
 
 def rank_loss(z_s: Tensor, z_t: Tensor, softness: float) -> Tensor:
@@ -106,30 +104,19 @@ def rank_loss(z_s: Tensor, z_t: Tensor, softness: float) -> Tensor:
 
 
 def pruned(net: nn.Module, rate: float, bn: str) -> nn.Module:
-    """A copy of `net`, in eval mode, with the share `rate` of each convolution's and linear layer's weights set to 0."""
-    net = deepcopy(net).eval()  # the copy of a torchvision network is in train mode
-    net = net.to(memory_format=torch.contiguous_format)  # torch.nn.utils.prune needs this
+    """A copy of `net`, in eval mode, with each convolution's and linear layer's smallest weights, a share `rate`, set to 0."""
+    net = deepcopy(net).eval().to(memory_format=torch.contiguous_format)  # a torchvision copy is in train mode; prune needs this
     for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            prune.l1_unstructured(module, "weight", rate)  # the smallest ones
-            prune.remove(module, "weight")  # makes the pruned weight an ordinary parameter
+            prune.remove(prune.l1_unstructured(module, "weight", rate), "weight")  # prunes, then makes it an ordinary parameter
         if isinstance(module, nn.BatchNorm2d) and bn == "batch":
             module.running_mean = module.running_var = None  # without them, the batch's statistics are used in eval mode too
     return net.to(memory_format=torch.channels_last)
 
 
-def paste(x: Tensor, patch: Tensor, center: list[int], side: int) -> Tensor:
-    """x (B, C, H, H) with a square of `patch`, `side` wide and in the same place for all images, clipped at the edges."""
-    rows, columns = (slice(max(c - side // 2, 0), c + side // 2) for c in center)
-    pasted = x.clone()
-    pasted[:, :, rows, columns] = patch[:, :, rows, columns]
-    return pasted
-
-
 def pick(x: Tensor, z: Tensor, keep: int) -> Tensor:
     """The `keep` images of x (B, C, H, W), or all if there are fewer, whose logits z (B, C) have the highest entropy."""
-    log_p = F.log_softmax(z, dim=1)
-    return x[(-log_p.exp() * log_p).sum(1).argsort()[-keep:]]
+    return x[torch.special.entr(F.softmax(z, dim=1)).sum(1).argsort()[-keep:]]
 
 
 def augment(kind: str, x: Tensor, dataset: str, train, teacher: nn.Module) -> Tensor:
@@ -139,15 +126,16 @@ def augment(kind: str, x: Tensor, dataset: str, train, teacher: nn.Module) -> Te
         return pick(pool, teacher(pool)[0], keep=64)
     if kind == "autoaugment":
         policy = AutoAugmentPolicy.CIFAR10 if dataset.startswith("cifar") else AutoAugmentPolicy.IMAGENET
-        return train.normalize(AutoAugment(policy)((255 * train.denormalize(x)).round().to(torch.uint8)))
+        return train.normalize(AutoAugment(policy)((255 * train.denormalize(x)).round().to(torch.uint8)))  # the code truncates
     center, other = torch.randint(train.size, (2,)).tolist(), x[torch.randperm(len(x)).to(x.device)]
-    if kind == "cutout":
-        return paste(x, torch.zeros_like(x), center, side=train.size // 4)  # 0 is the mean color
-    if kind == "cutmix":
-        lam = Beta(1.0, 1.0).sample().item()
-        return paste(x, other, center, side=int((1 - lam) ** 0.5 * train.size))
-    lam = Beta(0.2, 0.2).sample().item()  # mixup
-    return lam * x + (1 - lam) * other
+    if kind == "mixup":
+        lam = Beta(0.2, 0.2).sample().item()
+        return lam * x + (1 - lam) * other
+    side = train.size // 4 if kind == "cutout" else int((1 - Beta(1.0, 1.0).sample().item()) ** 0.5 * train.size)
+    rows, columns = (slice(max(c - side // 2, 0), c + side // 2) for c in center)  # a square, clipped at the edges
+    x = x.clone()
+    x[:, :, rows, columns] = 0 if kind == "cutout" else other[:, :, rows, columns]  # 0 is the mean color
+    return x
 
 
 def main(args: Args) -> float:
@@ -165,17 +153,15 @@ def main(args: Args) -> float:
     scheduler = MultiStepLR(optimizer, milestones, gamma=0.1)
 
     def augmented(x):
-        seed = torch.randint(2**62, (), generator=train.generator).item()
         with torch.random.fork_rng(devices=[]):  # Beta and AutoAugment draw from the global generator only
-            torch.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(torch.randint(2**62, (), generator=train.generator).item())
             return augment(args.augment, x, args.dataset, train, teacher)
 
     @cuda_graph
     def step(x, y, index, *x_aug):
-        views = [x, *x_aug]
         with torch.no_grad():
-            z_t = [args.teacher_mix * teacher(v)[0] + (1 - args.teacher_mix) * teacher_pruned(v)[0] for v in views]
-        z_s = [student(v)[0] for v in views]
+            z_t = [args.teacher_mix * teacher(v)[0] + (1 - args.teacher_mix) * teacher_pruned(v)[0] for v in (x, *x_aug)]
+        z_s = [student(v)[0] for v in (x, *x_aug)]
 
         loss_ce = F.cross_entropy(z_s[0], y)
         loss_kd = sum(kd_loss(s, t, args.kd_temperature) for s, t in zip(z_s, z_t))

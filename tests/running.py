@@ -36,10 +36,10 @@ def flags_of(method: str) -> set[str]:
     return {*load(method).Args.__dataclass_fields__}
 
 
-def run_script(*words: Any, cwd: Path, timeout: float = 300, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    """`python methods/<words[0]>.py <the other words>` as a user types it."""
-    command = [sys.executable, str(ROOT / "methods" / f"{words[0]}.py"), *map(str, words[1:])]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env)
+def run_script(method: str, *words: Any, cwd: Path) -> subprocess.CompletedProcess:
+    """`python methods/<method>.py <words>` as a user types it."""
+    command = [sys.executable, str(ROOT / "methods" / f"{method}.py"), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def few(data: Path, size: int | None) -> common.RawData:

@@ -401,6 +401,14 @@ def test_a_damaged_checkpoint_is_refused(script, every_epoch):
     assert_ends_like(script, expected)
 
 
+@pytest.mark.parametrize("flags", ["vanilla --student unfit", "kd --teacher unfit --teacher-weights teacher.pt"])
+def test_a_network_that_does_not_fit_the_images(flags, script, monkeypatch):
+    monkeypatch.setitem(common.NETWORKS, "unfit", lambda classes: torch.nn.Conv2d(3, classes, 40))
+    random_weights("teacher.pt", "unfit")
+    refused = script(*flags.split(), "--epochs 1")
+    assert refused.code == 2 and "32 x 32" in refused.error()
+
+
 @pytest.mark.parametrize(("flags", "words"), [("--lr 1e39 --batch-size 44", "no longer finite"), ("--lr 1e30", "nan")])
 def test_divergence_is_not_saved(flags, words, script):
     failed = script("vanilla", "--epochs 1", flags)
@@ -483,7 +491,7 @@ def test_the_counter_on_a_terminal(run, monkeypatch, capsys):
     monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0], sleep=time.sleep))
     args = load("vanilla").Args(device="cpu", dataset="synthetic")
     one = common.Run(str(ROOT / "methods" / "vanilla.py"), args)
-    trained = torch.nn.ModuleDict({"student": torch.nn.Linear(1, 1)})
+    trained = torch.nn.ModuleDict({"student": common.build("resnet8", 100)})
     optimizer = torch.optim.SGD(trained.parameters(), 0.1)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2])
     next(one.epochs(3, trained=trained, optimizer=optimizer, scheduler=scheduler))

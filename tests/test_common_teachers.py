@@ -263,22 +263,24 @@ def test_a_run_keeps_its_teacher_of_a_flag(script):
     assert len(list(Path("runs").glob("kd__*"))) == 2
 
 
-def test_a_teacher_unlike_its_record_is_refused(script, root):
-    finished(GIVEN, 4, 1)
-    file = GIVEN / "student.pt"
+def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1  # torch.load does not notice
     file.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink])
+def test_a_teacher_unlike_its_record_is_refused(damage, script, root):
+    finished(GIVEN, 4, 1)
+    file = GIVEN / "student.pt"
+    damage(file)
     refused = script("kd")
-    assert refused.code == 1
-    assert str(file) in refused.error() and "SHA-256" in refused.error()
+    assert refused.code == 1 and str(file) in refused.error()
 
 
 def test_damaged_public_weights_are_refused(script, monkeypatch):
     file = public(monkeypatch)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flip_a_bit(file)
     refused = script("kd")
     assert refused.code == 1
     assert str(file) in refused.error() and "SHA-256" in refused.error()

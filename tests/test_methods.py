@@ -129,10 +129,8 @@ def test_flags(method):
         documented, name = isinstance(after, ast.Expr), node.target.id
         assert not documented or "\n" not in after.value.value
         if name in ("lr", "milestones"):  # the inherited help tells the usual ones
-            same_as_usual = re.findall(rf"^    {name} = .*", SOURCES[method], re.M) == re.findall(
-                rf"^    {name} = .*", SOURCES["icd"], re.M
-            )
-            assert documented != same_as_usual, name
+            usual, here = (re.findall(rf"^    {name} = .*", SOURCES[m], re.M) for m in ("icd", method))
+            assert documented == (here != usual), name
         else:
             assert documented == (name not in inherited), name
 
@@ -352,9 +350,9 @@ def test_runs_as_a_user_types_it(method, synthetic_teacher, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     (folder,) = (tmp_path / "runs").iterdir()
     assert json.loads((folder / "result.json").read_text())["last"] >= 8  # chance is 1 %
-    again = run_script(method, *flags, cwd=tmp_path)
-    assert again.returncode == 0
-    assert again.stdout.splitlines() == done.stdout.splitlines()[-1:]
+    if method == "icd":
+        again = run_script(method, *flags, cwd=tmp_path)
+        assert (again.returncode, again.stdout) == (0, done.stdout.splitlines(keepends=True)[-1])
 
 
 @pytest.mark.real
