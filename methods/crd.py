@@ -16,7 +16,8 @@ Taken from the authors' code, HobbitLong/RepDistiller@b84f547 (crd/, dataset/cif
 tables. Published: resnet56/resnet20 71.16 (last epoch), with KD 71.63 (quoted from the paper).
 Differences
 - from the paper: Z, and the 1e-7 in the denominators of h and 1 - h, appear only in the code.
-- from the code: negatives are drawn on the device with replacement, not in loader workers by numpy without it (45 core-s per epoch).
+- from the code: negatives are drawn on the device, not by numpy in loader workers (45 core-seconds per epoch).
+- from the code: they are drawn with replacement, not without.
 - from the code: one matrix product scores all images; the code copies the negatives' vectors, 0.5 GiB per bank.
 - from the code: banks and Z are in the checkpoint, so that a run can resume.
 """

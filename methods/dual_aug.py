@@ -94,8 +94,8 @@ class ICD(nn.Module):
         similarity = self.scale() * (e_s @ e_t.T) + self.bias  # S
         log_p = F.log_softmax(similarity, dim=1)
         log_q = F.log_softmax(similarity.T, dim=1)
-        contrast = -log_p.diagonal().mean()  # in one direction only; images of the same class count as negatives
-        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # with gradients through P and Q
+        contrast = -log_p.diagonal().mean()  # L_con, in one direction only; images of the same class count as negatives
+        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # L_inv, with gradients through P and Q
         return contrast, invariance  # L_con, L_inv
 
 

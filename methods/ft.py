@@ -14,10 +14,10 @@ Published: resnet56/resnet20 69.84 (last epoch).
 Differences
 - from the paper and its code, Jangho-Kim/Factor-Transfer-pytorch@19cce26: their Q(F) = F / |F| keeps channels and signs.
 - from the paper: its L_rec is a squared L2 norm.
-- from its code: its L_rec is a mean absolute error, its translator has no batch norm, and ft_weight is 500.
+- from the authors' code: its L_rec is a mean absolute error, its translator has no batch norm, and ft_weight is 500.
 - from RepDistiller: none in the loss; its p = 2 option for L_ft is left out.
 
-The loss of the authors' code, on this schedule: python methods/ft.py --ft-variant original --ft-weight 500
+The authors' losses, on this schedule: python methods/ft.py --ft-variant original --ft-weight 500
 """
 
 import sys
@@ -121,7 +121,7 @@ def main(args: Args) -> float:
 
     # Phase 1
     init = nn.ModuleDict(dict(paraphraser=paraphraser)).to(args.device)
-    # As in RepDistiller, except that it leaves resnet50 at 0.05
+    # As in RepDistiller, except that a resnet50 student keeps lr (0.05) there
     init_lr = 0.01 if args.student.startswith(("resnet", "wrn")) else lr
     init_optimizer = SGD(init.parameters(), init_lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
     init_scheduler = MultiStepLR(init_optimizer, milestones=[])  # constant learning rate

@@ -1,6 +1,6 @@
 """ICD: Invariant Consistency for Knowledge Distillation. Giakoumoglou and Stathaki, 2024, arXiv 2407.11802.
-v2: Invariant Causal Knowledge Distillation in Neural Networks. v3 and later:
-Discriminative and Consistent Representation Distillation (DCD).
+v2: Invariant Causal Knowledge Distillation in Neural Networks.
+v3 and later: Discriminative and Consistent Representation Distillation (DCD).
 
 Student and teacher features are projected to unit vectors. A student vector must pick out its own teacher vector from the batch
 (contrast), and the student-to-teacher and teacher-to-student distributions must agree (invariance). This is the objective of
@@ -14,12 +14,14 @@ ReLIC (arXiv 2010.07922) between student and teacher instead of between two augm
     KD       = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
     L        = ce_weight CE + kd_weight KD + icd_weight (L_con + alpha L_inv)
 
-Taken from the authors' code, giakoumoglou/distillers@9ba0bfd (it still runs at 2f95cea and breaks at 7d31ca6); the loss is the
-same in all versions. Published: resnet56/resnet20 71.18, with KD 71.81 (README, 4 September 2024). The table changed three times
-in five months, each time upward, e.g. resnet110/resnet20 with KD 71.57 -> 72.03, resnet32x4/shufflenetv1 75.27 -> 76.01.
+Taken from the authors' code, giakoumoglou/distillers@9ba0bfd; ICD still runs at 2f95cea and breaks at 7d31ca6. The loss in the
+code is the same under both names, ICD and DCD. Published: resnet56/resnet20 71.18, with KD 71.81 (README, 4 September 2024).
+The numbers changed between README versions over five months with the same loss, each change raising one, e.g. resnet110/resnet20
+with KD 71.57 -> 72.03, resnet32x4/shufflenetv1 with KD 75.27 -> 76.01.
 Differences
 - from the paper: checked against the abstract only.
 - from the code: the incomplete last batch of an epoch is kept, and runs are seeded.
+- caveat: the published table compares ICD+KD (weights 1, 1) with KD at 0.1 and 0.9; fair control: `kd.py --ce-weight 1 --kd-weight 1`.
 """
 
 import sys
@@ -89,8 +91,8 @@ class ICD(nn.Module):
         similarity = self.scale() * (e_s @ e_t.T) + self.bias  # S
         log_p = F.log_softmax(similarity, dim=1)
         log_q = F.log_softmax(similarity.T, dim=1)
-        contrast = -log_p.diagonal().mean()  # in one direction only; images of the same class count as negatives
-        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # with gradients through P and Q
+        contrast = -log_p.diagonal().mean()  # L_con, in one direction only; images of the same class count as negatives
+        invariance = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")  # L_inv, with gradients through P and Q
         return contrast, invariance  # L_con, L_inv
 
 

@@ -7,9 +7,9 @@ Two untrained networks, student and peer, take turns learning from the labels, f
 other's last map, compressed to a factor: the first half of a network's channels must reproduce the other network's factor, and
 the second half must differ from it. For a network k and the other one, o, which gets no gradient:
 
-    D(F, G) = mean over images and elements of |F/||F|| - G/||G|||     ||F||: norm of an image's whole factor
-    L_inh   =  D(E_inh,k(f_inh,k), E_o(f_o))                           f_inh, f_exp: the halves of f, the map that is pooled
-    L_exp   = -D(E_exp,k(f_exp,k), E_o(f_o))                           never below -2 / sqrt(elements)
+    d(F, G) = mean |n(F) - n(G)|,   n(F) = F / norm of an image's whole factor
+    L_inh   =  d(E_inh,k(f_inh,k), E_o(f_o))                           f_inh, f_exp: the halves of f, the map that is pooled
+    L_exp   = -d(E_exp,k(f_exp,k), E_o(f_o))                           never below -2 / sqrt(elements)
     L_rec   = mean |f_k - D_k(E_k(f_k))|                               trains the coders E_k and D_k, but not f_k
     KD      = T^2 mean_i KL(p_o || p_k),   p = softmax(z / T),   T = kd_temperature
     L       = ce_weight CE + kd_weight KD + inheritance_weight L_inh + exploration_weight L_exp + L_rec
@@ -19,6 +19,7 @@ Distillation-an-Inheritance-and-Exploration-Framework@3274ab0); the recipe is fr
 Differences
 - from the paper: checked against the abstract only; we do not know whether it keeps the KD term.
 - from the code's DML: kd_weight is 1; in the code it is 0 by default, and only one of five configurations sets it, to 1.
+- from the code: the last epoch is reported (the code saves the best on the test set); runs are seeded; unequal sides are pooled.
 """
 
 import sys
@@ -80,7 +81,7 @@ class Coder(nn.Sequential):
 
 
 def distance(f: Tensor, g: Tensor) -> Tensor:
-    """D of two factors (B, C, H, W): from 0 to 2 / sqrt(C * H * W). If the sides differ, the larger is average-pooled (ours)."""
+    """d of two factors (B, C, H, W): from 0 to 2 / sqrt(C * H * W). If the sides differ, the larger is average-pooled (ours)."""
     side = min(f.shape[3], g.shape[3])
     f, g = (F.adaptive_avg_pool2d(each, side) if each.shape[3] > side else each for each in (f, g))
     return (F.normalize(f.flatten(1), dim=1) - F.normalize(g.flatten(1), dim=1)).abs().mean()

@@ -6,19 +6,20 @@ must reproduce that factor through a small encoder of its own (inheritance), and
 so that the student does not merely repeat the teacher.
 
     L_rec   = mean |f_t - D_t(E_t(f_t))|                              phase 1, trains E_t and D_t; f: the map that is pooled
-    D(F, G) = mean over images and elements of |F/||F|| - G/||G|||    ||F||: norm of an image's whole factor
-    L_inh   =  D(E_inh(f_inh), E_t(f_t))                              f_inh, f_exp: the halves of the student's map f_s
-    L_exp   = -D(E_exp(f_exp), E_t(f_t))                              never below -2 / sqrt(elements)
+    d(F, G) = mean |n(F) - n(G)|,   n(F) = F / norm of an image's whole factor
+    L_inh   =  d(E_inh(f_inh), E_t(f_t))                              f_inh, f_exp: the halves of the student's map f_s
+    L_exp   = -d(E_exp(f_exp), E_t(f_t))                              never below -2 / sqrt(elements)
     L       = ce_weight CE + inheritance_weight L_inh + exploration_weight L_exp      phase 2, trains the student, E_inh and E_exp
 
 Modules and recipe are those of the authors' CIFAR-10 code (aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-
-Exploration-Framework@3274ab0; it does not run as released). Published on CIFAR-10 (read off an image): resnet56/resnet20 93.43.
+Exploration-Framework@3274ab0; it does not run as released). Published (read off an image), on CIFAR-10 only (--dataset cifar10;
+the default here is cifar100): resnet56/resnet20 93.43.
 Differences
-- from the paper: checked against the abstract only; a reader's review says that it squares L_rec and has no minus in L_exp.
-- from the paper: the same review says that each half's channels are picked at random; the code takes the first half by default.
+- from the paper: checked against the abstract only. A review says: L_rec squared, no minus in L_exp, halves drawn at random.
 - from the code: it leaves the form of L_exp open (an empty default; a norm and a cosine exist); the norm is our choice.
-- from the code: a factor has half the student's channels, not always 32 (half of a resnet's 64).
+- from the code: a factor has half the student's channels, not always 32 (half of a resnet's 64); unequal sides are pooled (ours).
 - from the code: its weights of 1 have almost no effect; 50 is reportedly the value in the paper's Table 6b.
+- from the code: the last epoch is reported (the code saves the best on the test set), and runs are seeded.
 """
 
 import sys
@@ -73,18 +74,18 @@ class Coder(nn.Sequential):
 
 
 class AutoEncoder(nn.Module):
-    """E_t and D_t: a map (B, c_t, H, W) to its factor (B, width, H, W) and back. Called with a map, it returns L_rec."""
+    """E_t and D_t: a map (B, c_t, H, W) to its factor (B, width, H, W) and back."""
 
     def __init__(self, c_t: int, width: int):
         super().__init__()
         self.encode, self.decode = Coder(c_t, width), Coder(width, c_t)
 
     def forward(self, f_t: Tensor) -> Tensor:
-        return F.l1_loss(self.decode(self.encode(f_t)), f_t)  # L_rec
+        return self.decode(self.encode(f_t))
 
 
 def distance(f: Tensor, g: Tensor) -> Tensor:
-    """D of two factors (B, C, H, W): from 0 to 2 / sqrt(C * H * W). If the sides differ, the larger is average-pooled (ours)."""
+    """d of two factors (B, C, H, W): from 0 to 2 / sqrt(C * H * W). If the sides differ, the larger is average-pooled (ours)."""
     side = min(f.shape[3], g.shape[3])
     f, g = (F.adaptive_avg_pool2d(each, side) if each.shape[3] > side else each for each in (f, g))
     return (F.normalize(f.flatten(1), dim=1) - F.normalize(g.flatten(1), dim=1)).abs().mean()
@@ -153,7 +154,7 @@ def main(args: Args) -> float:
         with torch.no_grad():
             _, features_t = teacher(x)
 
-        loss_rec = autoencoder(features_t.last)
+        loss_rec = F.l1_loss(autoencoder(features_t.last), features_t.last)  # L_rec
 
         init_optimizer.zero_grad()
         loss_rec.backward()

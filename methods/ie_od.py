@@ -1,22 +1,22 @@
 """IE-OD: inheritance by overhauled feature distillation (OFD), with exploration. After Huang, Shen, Xing et al., Revisiting
 Knowledge Distillation: An Inheritance and Exploration Framework, CVPR 2021, arXiv 2107.00181, which has an IE-OD in its Table 1.
 
-Status: our definition. The paper's text was not available and the authors' code has no IE-OD.
+Status: our definition. Of the paper only the abstract was available, and the authors' code has no IE-OD.
 One half of the student's channels regresses the teacher's last map (inheritance, as in OFD, arXiv 1904.01866). The other must
 differ from that map compressed to a factor by phase 1's auto-encoder (exploration, as in ie_kd.py; negated OFD is unbounded).
 
     L_rec   = mean |f_t - D_t(E_t(f_t))|                              phase 1, trains E_t and D_t; f: the map that is pooled
     v       = max(g_t, m)         g: the last stage's map before its ReLU; m: mean negative value, from the preceding batch norm
     L_inh   = (1/B) sum (u - v)^2 [u > v or v > 0]                    u: batch norm of a 1x1 convolution of g_inh
-    D(F, G) = mean over images and elements of |F/||F|| - G/||G|||    ||F||: norm of an image's whole factor
-    L_exp   = -D(E_exp(relu(g_exp)), E_t(f_t))                        g_inh, g_exp: first and second half of g_s
+    d(F, G) = mean |n(F) - n(G)|,   n(F) = F / norm of an image's whole factor
+    L_exp   = -d(E_exp(relu(g_exp)), E_t(f_t))                        g_inh, g_exp: first and second half of g_s
     L       = ce_weight CE + inheritance_weight L_inh + exploration_weight L_exp      phase 2, trains the student, u and E_exp
 
-The recipe is that of the authors' CIFAR-10 configuration (aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-
-Exploration-Framework@3274ab0). Published on CIFAR-10 (from a picture): resnet56/resnet20 93.47, OFD 93.19, IE-FT 93.43.
+Recipe: the authors' for CIFAR-10, aliyun/Revisiting-Knowledge-Distillation-an-Inheritance-and-Exploration-Framework@3274ab0.
+Published (a picture), only on CIFAR-10 (--dataset cifar10; default: cifar100): resnet56/resnet20 93.47, OFD 93.19, IE-FT 93.43.
 Differences
-- from the paper: checked against the abstract only.
 - from OFD: only the last stage is compared, and the teacher's batch norms use their running statistics.
+- from the code: the last epoch is reported (the code saves the best on the test set); runs are seeded; unequal sides are pooled.
 """
 
 import math
@@ -112,18 +112,18 @@ class Coder(nn.Sequential):
 
 
 class AutoEncoder(nn.Module):
-    """E_t and D_t: a map (B, c_t, H, W) to its factor (B, width, H, W) and back. Called with a map, it returns L_rec."""
+    """E_t and D_t: a map (B, c_t, H, W) to its factor (B, width, H, W) and back."""
 
     def __init__(self, c_t: int, width: int):
         super().__init__()
         self.encode, self.decode = Coder(c_t, width), Coder(width, c_t)
 
     def forward(self, f_t: Tensor) -> Tensor:
-        return F.l1_loss(self.decode(self.encode(f_t)), f_t)  # L_rec
+        return self.decode(self.encode(f_t))
 
 
 def distance(f: Tensor, g: Tensor) -> Tensor:
-    """D of two factors (B, C, H, W): from 0 to 2 / sqrt(C * H * W). If the sides differ, the larger is average-pooled (ours)."""
+    """d of two factors (B, C, H, W): from 0 to 2 / sqrt(C * H * W). If the sides differ, the larger is average-pooled (ours)."""
     side = min(f.shape[3], g.shape[3])
     f, g = (F.adaptive_avg_pool2d(each, side) if each.shape[3] > side else each for each in (f, g))
     return (F.normalize(f.flatten(1), dim=1) - F.normalize(g.flatten(1), dim=1)).abs().mean()
@@ -166,7 +166,7 @@ def main(args: Args) -> float:
         with torch.no_grad():
             _, features_t = teacher(x)
 
-        loss_rec = autoencoder(features_t.last)
+        loss_rec = F.l1_loss(autoencoder(features_t.last), features_t.last)  # L_rec
 
         init_optimizer.zero_grad()
         loss_rec.backward()

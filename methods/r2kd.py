@@ -12,8 +12,8 @@ and, over the batch, within a class) and in rank, on the batch x and again on an
     KD      = T^2 mean_i KL(p_t || p_s)
     L       = ce_weight CE(x) + sum over x and x' of (kd_weight KD + value_weight L_value + rank_weight L_rank)
 
-Taken from the authors' code (Seonghak35/R2KD@ece240e) with its default weights (no CIFAR-100 configuration). As released, T' is in
-train mode: it normalizes by the batch's statistics, on x and on x' (--pruned-bn batch), and makes 30 % of z_t. Hard ranks give
+Taken from the authors' code (Seonghak35/R2KD@ece240e) with its default weights (no CIFAR-100 configuration). As released, T' is
+in train mode: it normalizes by the batch's statistics, on x and on x' (--pruned-bn batch), and makes 30 % of z_t. Hard ranks give
 L_rank no gradient. Published: vgg13/vgg8 75.26 without x', 76.40 with cutmix; resnet32x4/resnet8x4 77.01 and 77.70.
 Differences
 - from the paper: checked against the abstract only; soft ranks, the KD term and runs without x' or without pruning are ours.

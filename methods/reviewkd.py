@@ -159,7 +159,7 @@ def main(args: Args) -> float:
     for epoch in run.epochs(args.epochs, trained=trained, optimizer=optimizer, scheduler=scheduler):  # resumes and saves
         trained.train()
         meter = run.meter(len(train))  # sums on the device, read once per epoch
-        warmup = torch.tensor(min(epoch / args.warmup_epochs, 1.0), device=args.device)  # a tensor, since a CUDA graph would freeze a number
+        warmup = torch.tensor(min(epoch / args.warmup_epochs, 1.0), device=args.device)  # a tensor: a CUDA graph freezes numbers
         for x, y, index in train.epoch(epoch):
             meter.add(step(x, y, index, warmup), len(y))
         run.log(epoch, train=meter.mean(), test=accuracy(student, test), warmup=warmup)
