@@ -21,7 +21,7 @@ with KD 71.57 -> 72.03, resnet32x4/shufflenetv1 with KD 75.27 -> 76.01.
 Differences
 - from the paper: checked against the abstract only.
 - from the code: the incomplete last batch of an epoch is kept, and runs are seeded.
-- caveat: the published table compares ICD+KD (weights 1, 1) with KD at 0.1 and 0.9; fair control: `kd.py --ce-weight 1 --kd-weight 1`.
+- caveat: its table compares ICD+KD (weights 1, 1) with KD at 0.1, 0.9; a fair control is `kd.py --ce-weight 1 --kd-weight 1`.
 """
 
 import sys

@@ -4,20 +4,19 @@ Kim, Ham, Cho and Kim, 2023, arXiv 2311.13934.
 The teacher's logits are mixed with those of its pruned copy. The student's must correlate with them in value (within an image
 and, over the batch, within a class) and in rank, on the batch x and again on an augmented copy x', whose labels are not used.
 
-    z_t     = teacher_mix T(x) + (1 - teacher_mix) T'(x)     T': T without its smallest weights
-    C(a, b) = <a, b> / (|a| |b| + 1e-8)
-    L_value = T^2 (1 - mean_rows C(p_s, p_t) + 1 - mean_columns C(p_s, p_t)),   p = softmax(z / T),   T = kd_temperature
-    L_rank  = 1 - mean_rows C(R_s - mean R_s, R_t - mean R_t)
-    R_i     = rank of z_i over 1 + 2 + ... + C, or the soft rank 1/2 + sum_j sigmoid((z_i - z_j) / (T rank_temperature))
-    KD      = T^2 mean_i KL(p_t || p_s)
+    z_t     = teacher_mix z(teacher) + (1 - teacher_mix) z(pruned)     pruned: the teacher without its smallest weights
+    KD      = T^2 mean_i KL(p_t || p_s),   p = softmax(z / T),   T = kd_temperature
+    L_value = T^2 (1 - mean_rows cos(p_s, p_t) + 1 - mean_columns cos(p_s, p_t)),   cos(a, b) = <a, b> / (|a| |b| + 1e-8)
+    L_rank  = 1 - mean_rows cos(R_s - mean R_s, R_t - mean R_t)
+    R_k     = rank of z_k, or the soft rank 1/2 + sum_l sigmoid((z_k - z_l) / (T rank_temperature)), over the sum of all ranks
     L       = ce_weight CE(x) + sum over x and x' of (kd_weight KD + value_weight L_value + rank_weight L_rank)
 
-Taken from the authors' code (Seonghak35/R2KD@ece240e) with its default weights (no CIFAR-100 configuration). As released, T' is
-in train mode: it normalizes by the batch's statistics, on x and on x' (--pruned-bn batch), and makes 30 % of z_t. Hard ranks give
-L_rank no gradient. Published: vgg13/vgg8 75.26 without x', 76.40 with cutmix; resnet32x4/resnet8x4 77.01 and 77.70.
+Taken from the authors' code (Seonghak35/R2KD@ece240e) with its default weights (no CIFAR-100 configuration). As released, the
+pruned teacher stays in train mode (--pruned-bn batch), and hard ranks give L_rank no gradient. Published (its first author's
+leaderboard, probably best epochs): vgg13/vgg8 75.26 without x', 76.40 with cutmix; resnet32x4/resnet8x4 77.01 and 77.70.
 Differences
 - from the paper: checked against the abstract only; soft ranks, the KD term and runs without x' or without pruning are ours.
-- from the code: cutmixpick is that of MingSun-Tse/Good-DA-in-KD@75443f9; the code scores unmixed images and keeps them all.
+- from the code: the last epoch, not the best on the test set, is reported; cutmixpick is MingSun-Tse/Good-DA-in-KD@75443f9's.
 """
 
 import sys
@@ -79,15 +78,16 @@ def kd_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
     return temperature**2 * F.kl_div(log_p_s, log_p_t, log_target=True, reduction="batchmean")
 
 
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """C of each row of a and b (N, D)."""
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of each row of a and b (N, D): not centered, although the paper speaks of correlation."""
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
 
 
 def value_loss(z_s: Tensor, z_t: Tensor, temperature: float) -> Tensor:
-    """L_value of logits (B, C). The released code uses |C|, which equals C here because probabilities are positive."""
+    """L_value of logits (B, C). The released code uses |cos|, which equals cos here because probabilities are positive."""
     p_s, p_t = F.softmax(z_s / temperature, dim=1), F.softmax(z_t / temperature, dim=1)
-    return temperature**2 * (1 - correlation(p_s, p_t).mean() + 1 - correlation(p_s.T, p_t.T).mean())
+    within_image, within_class = 1 - cosine(p_s, p_t).mean(), 1 - cosine(p_s.T, p_t.T).mean()
+    return temperature**2 * (within_image + within_class)
 
 
 def ranks(z: Tensor, softness: float) -> Tensor:
@@ -95,12 +95,12 @@ def ranks(z: Tensor, softness: float) -> Tensor:
     rank = 1 + z.argsort(1).argsort(1).to(z.dtype)  # hard: no gradient
     if softness > 0:
         rank = 0.5 + ((z[:, :, None] - z[:, None, :]) / softness).sigmoid().sum(2)
-    return (rank - rank.mean(1, keepdim=True)) / (z.shape[1] * (z.shape[1] + 1) / 2)  # scale matters only beside the 1e-8 in C
+    return (rank - rank.mean(1, keepdim=True)) / (z.shape[1] * (z.shape[1] + 1) / 2)  # scale matters only beside the 1e-8 in cos
 
 
 def rank_loss(z_s: Tensor, z_t: Tensor, softness: float) -> Tensor:
     """L_rank of logits (B, C)."""
-    return 1 - correlation(ranks(z_s, softness), ranks(z_t, softness)).mean()
+    return 1 - cosine(ranks(z_s, softness), ranks(z_t, softness)).mean()
 
 
 def pruned(net: nn.Module, rate: float, bn: str) -> nn.Module:
@@ -123,7 +123,7 @@ def augment(kind: str, x: Tensor, dataset: str, train, teacher: nn.Module) -> Te
     """x' of a batch x (B, 3, H, H). As released, one draw serves the whole batch."""
     if kind == "cutmixpick":
         pool = torch.cat([augment("cutmix", x, dataset, train, teacher) for _ in range(2)])
-        return pick(pool, teacher(pool)[0], keep=64)
+        return pick(pool, teacher(pool)[0], keep=64)  # the code scores unmixed images and keeps them all
     if kind == "autoaugment":
         policy = AutoAugmentPolicy.CIFAR10 if dataset.startswith("cifar") else AutoAugmentPolicy.IMAGENET
         return train.normalize(AutoAugment(policy)((255 * train.denormalize(x)).round().to(torch.uint8)))  # the code truncates
