@@ -294,8 +294,11 @@ class Meter:
 
     def add(self, means: dict[str, Tensor], n: int) -> None:
         """Add the means, 0-d tensors by name, of a batch of n images."""
-        self.names = list(means)
-        self.sums = self.sums + n * torch.stack([value.detach() for value in means.values()])
+        try:
+            self.names = list(means)
+            self.sums = self.sums + n * torch.stack([value.detach().reshape(()) for value in means.values()])
+        except (AttributeError, RuntimeError, TypeError):
+            fail("step must return a dict of batch means, 0-d tensors by name")
         self.images, self.steps = self.images + n, self.steps + 1
         self.tick(self)
 
@@ -352,6 +355,8 @@ class Run:
 
         self.settings = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
         found, done = self.kept("args.json"), self.kept("result.json")
+        if not done and not any(self.folder.glob("checkpoint*.pt")):
+            found = {}  # nothing was trained with what is there
         differing = [flag for flag, value in self.settings.items() if flag not in PLACES and found.get(flag, value) != value]
         if differing == ["device"] and (done or found["device"].split(":")[0] == self.args.device.split(":")[0]):
             differing = []
@@ -360,8 +365,10 @@ class Run:
             fail(f"{self.folder} began with {differing[0]} {began}, not {now}: take that, or another --runs")
 
         self.data = found.get("data_sha256") if done and not on_disk(self.args) else data_sha256(self.args)
+        if done and not on_disk(self.args):
+            say(f"note: {self.args.data} has no images to compare with those of this run")
         sources = {self.folder / source.name: source.read_bytes() for source in (script, Path(__file__))}
-        changed = [copy.name for copy, source in sources.items() if copy.exists() and copy.read_bytes() != source]
+        changed = [copy.name for copy, source in sources.items() if found and copy.exists() and copy.read_bytes() != source]
         if found.get("data_sha256", self.data) != self.data:
             changed.append("the images")
         what = ", ".join(changed)
@@ -375,7 +382,7 @@ class Run:
             self.show(done)
             raise SystemExit(0)
         for copy, source in sources.items():
-            if not copy.exists():
+            if not found or not copy.exists():
                 write(copy, source)
         if not found:
             write(self.folder / "args.json", json.dumps(self.settings | {"data_sha256": self.data}, indent=1) + "\n")
@@ -475,6 +482,8 @@ class Run:
         `train`: means over the epoch, "loss" among them and, where there is one, "accuracy" as a share; `test`: accuracy in
         percent; `more`: further numbers worth watching.
         """
+        if "loss" not in train:
+            fail("step must return the loss under the name loss")
         if not math.isfinite(train["loss"]):
             self.diverged(f"the loss became {train['loss']} in epoch {epoch}")
         terms = {name: value for name, value in train.items() if name != "accuracy"}
@@ -489,7 +498,7 @@ class Run:
         say("  ".join(parts) + f"  left {duration(row['seconds'] * (self.total - epoch))}")
 
     def diverged(self, what: str) -> NoReturn:
-        fail(f"{what}: try a smaller --lr; {self.folder} keeps its last good checkpoint")
+        fail(f"{what}: try a smaller --lr; {self.saved} in {self.folder}")
 
     def finish(self, deployed: nn.Module, teacher: nn.Module | None = None) -> float:
         """Save the network that is used at inference and the result; return the last epoch's test accuracy in percent."""
@@ -512,7 +521,8 @@ class Run:
     def show(self, result: dict[str, Any]) -> None:
         """Print a result in one line."""
         accuracies = f"last {result['last']:.2f} %, best {result['best']:.2f} % (epoch {result['best_epoch']})"
-        say(f"result      {accuracies}, {result['epochs']} epochs in {duration(result['seconds'])}: {self.folder}")
+        epochs = f"{result['epochs']} epoch{'s' * (result['epochs'] != 1)}"
+        say(f"result      {accuracies}, {epochs} in {duration(result['seconds'])}: {self.folder}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------- data
@@ -662,7 +672,7 @@ def read_tinyimagenet(data: Path, size: int | None) -> RawData:
 def open_image(file: Path, side: int | None = None) -> Image.Image:
     """An image file as RGB; one that is missing, damaged or not `side` pixels wide and high ends the program."""
     try:
-        image = Image.open(file).convert("RGB")
+        image = Image.open(str(file)).convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         fail(f"{file} is missing or damaged ({one_line(error)}): restore it")
     if side and image.size != (side, side):
@@ -696,6 +706,13 @@ DATASETS: dict[str, Callable[[Path, int | None], RawData]] = {
 def read(name: str, data: Path, size: int | None) -> RawData:
     """A data set of DATASETS, checked, at `size` x `size` pixels or in its own size."""
     raw = DATASETS[name](data, size)
+    if not isinstance(raw, RawData):
+        fail(f"--dataset {name}: its function returns {type(raw).__name__}, not RawData")
+    statistics = (
+        np.array([raw.mean, raw.std], dtype=np.float64) if np.shape(raw.mean) == np.shape(raw.std) == (3,) else np.zeros(1)
+    )
+    if isinstance(raw.names, (str, int)) or statistics.min() < 0 or statistics.max() > 1 or not statistics[-1].all():
+        fail(f"--dataset {name}: names must be a list; mean and std three numbers each, of pixels in [0, 1]")
     raw = raw._replace(train=tuple(map(np.asarray, raw.train)), test=tuple(map(np.asarray, raw.test)))
     for split, (x, y) in dict(training=raw.train, test=raw.test).items():
         if x.dtype != np.uint8:
@@ -725,12 +742,16 @@ def data_sha256(args: RunArgs) -> str:
     """What identifies a data set: SHA-256 of its arrays, or of the names and sizes of a folder's files."""
     digest = hashlib.sha256()
     if args.dataset == "folder":
-        for file in sorted(file for split in ("train", "val") for file in Path(args.data, split).rglob("*.*")):
+        files = sorted(file for split in ("train", "val") for file in Path(args.data, split).rglob("*.*"))
+        if not files:
+            fail(f"--data {args.data} needs train/<class>/ and val/<class>/ with images")
+        for file in files:
             digest.update(f"{file.relative_to(args.data)} {file.stat().st_size}\n".encode())
     else:
         raw = read(args.dataset, Path(args.data), args.image_size)
-        for array in *raw.train, *raw.test:
-            digest.update(np.ascontiguousarray(array))
+        for pixels, labels in raw.train, raw.test:
+            digest.update(np.ascontiguousarray(pixels))
+            digest.update(labels.astype(np.int64))
     return digest.hexdigest()
 
 
@@ -746,7 +767,7 @@ class ImageSet:
         self.args, self.device, self.size = args, torch.device(args.device), size
         self.names, self.classes = raw.names, len(raw.names)
         self.labels = torch.from_numpy(labels.astype(np.int64)).to(self.device)
-        mean, std = torch.tensor(raw.mean), torch.tensor(raw.std)
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in (raw.mean, raw.std))
         table = (torch.arange(256)[:, None] / 255 - mean) / std  # on the CPU: the same floats on every device
         self.table, self.channel = table.T.flatten().to(self.device), 256 * torch.arange(3, device=self.device)
         self.mean, self.std = mean[:, None, None].to(self.device), std[:, None, None].to(self.device)
@@ -855,7 +876,7 @@ class Files(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
-            image = Image.open(self.files[index]).convert("RGB")
+            image = Image.open(str(self.files[index])).convert("RGB")
         except (OSError, SyntaxError, ValueError):
             return self.damaged, -1 - index
         with torch.random.fork_rng(devices=[]):  # the transforms draw from PyTorch's global state
@@ -1048,6 +1069,8 @@ def load_teacher(run: "Run", test: ImageSet) -> nn.Module:
     digest, epochs = sha256(file), result.get("epochs")
     if result.get("student_sha256", digest) != digest:
         fail(f"{file} is damaged: its SHA-256 is not the one in {name}")
+    if args.teacher_weights is None and result.get("data_sha256", run.data) != run.data:
+        fail(f"{file} was trained on other images than those in {args.data}: take another --runs, or give --teacher-weights")
     teacher = build(args.teacher, test.classes, args.device)
     load_weights(teacher, file)
     if source.startswith("https") and args.dataset == "cifar10":
@@ -1056,7 +1079,7 @@ def load_teacher(run: "Run", test: ImageSet) -> nn.Module:
     feature_shapes(teacher, test.size)  # ends the program if the images are too small for it
     write(run.folder / "teacher.json", json.dumps(dict(file=str(file), source=source, sha256=digest)) + "\n")
     teacher.record = dict(name=args.teacher, accuracy=accuracy(teacher, test), sha256=digest, source=source, epochs=epochs)
-    trained = f"{epochs} epochs, " if epochs else ""
+    trained = f"{epochs} epoch{'s' * (epochs != 1)}, " if epochs else ""
     say(f"teacher     {args.teacher}, {teacher.record['accuracy']:.2f} % test accuracy, {trained}{source}, SHA-256 {digest[:12]}")
     return teacher
 
@@ -1082,6 +1105,13 @@ def probe(net: nn.Module, x: Tensor) -> tuple[Tensor, Features]:
     except (IndexError, RuntimeError) as error:
         fail(f"a network does not fit images of {x.shape[2]} x {x.shape[3]} pixels ({one_line(error)})", 2)
     net.train(training)
+    try:
+        logits, (maps, preacts, last, pooled) = out
+        fits = logits.ndim == pooled.ndim == 2 and last.ndim == 4 and len(maps) == len(preacts) > 0
+    except (AttributeError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        fail("a network must return (logits, Features(maps, preacts, last, pooled)): see the docstring of common.Features", 2)
     return out
 
 

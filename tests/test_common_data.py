@@ -580,4 +580,6 @@ def test_a_run_on_a_folder_killed_and_resumed(student, photos, monkeypatch, capf
     same_end("whole", "broken")
     shutil.rmtree(photos)
     again = script("kd", flags, "--runs broken")
-    assert (again.code, again.out) == (0, done.out.splitlines(keepends=True)[-1])
+    note, result = again.out.splitlines(keepends=True)
+    assert (again.code, result) == (0, done.out.splitlines(keepends=True)[-1])
+    assert note.startswith("note: photos has no images")

@@ -312,6 +312,7 @@ def test_another_gpu_of_the_same_kind(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
     name = run("vanilla", device="cuda:0")
+    (Path("runs") / name / "checkpoint.pt").touch()  # the run has begun
     for device in "cuda:3", "cuda":
         assert run("vanilla", device=device) == name
     with pytest.raises(SystemExit) as exit:

@@ -80,7 +80,7 @@ def taken(script, *flags):
     record = json.loads((folder / "result.json").read_text())["teacher"]
     first = next(line for line in done.out.splitlines() if line.startswith("teacher "))
     assert all(word in first for word in ("resnet8", f"{record['accuracy']:.2f} %", record["sha256"][:8], record["source"]))
-    assert record["epochs"] is None or f"{record['epochs']} epochs" in first
+    assert record["epochs"] is None or f"{record['epochs']} epoch" in first
     return record["sha256"], record["source"], record["epochs"]
 
 
@@ -290,7 +290,7 @@ def look(script, name="resnet8", dataset="few", **flags):
     """The teacher that load_teacher gives."""
     args = load("kd").Args(teacher=name, dataset=dataset, device="cpu", batch_size=16, **flags)
     _, test = common.load_data(args)
-    run = SimpleNamespace(args=args, folder=Path(), changed={"batch_size": 16}, kept=lambda name: {})
+    run = SimpleNamespace(args=args, folder=Path(), changed={"batch_size": 16}, kept=lambda name: {}, data="")
     return common.load_teacher(run, test), test
 
 
