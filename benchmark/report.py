@@ -35,7 +35,8 @@ Few epochs or a short teacher: not to be compared with published numbers. Five e
 not hold after 240. R2KD with an augmented batch runs the student on twice the images; KD on the same batches has not been run.
 
 """
-COST = "## What a method costs\n\nA step relative to vanilla: {pair}, batches of {batch_size}, {device}, torch {torch}. vanilla beside itself shows the noise.\n\n"
+COST = "## What a method costs\n\nA step relative to vanilla: {pair}, batches of {batch_size}, {device}, torch {torch}. "
+COST += "The machine was not idle: vanilla beside itself shows the noise.\n\n"
 FORMS = dict(method="`{method}`", time="{time:.2f} ({low:.2f} to {high:.2f})", memory="{memory:.2f}", parameters="+{extra:,}")
 KD = {"against KD": (0.1, 0.9, 4), "against KD 1/1": (1, 1, 4)}  # weight of the labels, weight of the teacher, temperature
 OURS = {"dual_aug": " (reconstruction)"} | dict.fromkeys(("ie_at", "ie_dml", "ie_od"), " (our definition)")
